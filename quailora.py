@@ -1,0 +1,568 @@
+# SPDX-License-Identifier: MIT
+"""QuAILoRA: quantization-aware initialization for LoRA (arXiv 2410.14713), in one file that needs torch alone.
+
+QLoRA fine-tunes a LoRA adapter on a frozen base that was rounded to 4 bits. Instead of starting the adapter at zero,
+QuAILoRA starts it where it cancels as much of the rounding as rank r can, on inputs that the layer really sees:
+
+    (1)      min_{A,B}  1/2 || (W - (Q + A B^T)) X ||_F^2              one such problem for each linear layer
+
+    (3)      E = W - Q = U S V^T                                       start: the SVD of the rounding error,
+    (4)      A = U_r sqrt(S_r),  B = V_r sqrt(S_r)                     cut off at rank r
+    (5)      A   = E H B (B^T H B)^-1                                  then alternating least squares (ALS): the best A
+    (6)      B^T = (A^T A)^-1 A^T E                                    for this B, the best B for that A, 20 times
+
+    in code          paper     shape, meaning
+    W                W         (out, in)    full-precision weight (the paper: m x n)
+    Q, quantize      Q         (out, in)    W after rounding to 4 bits (NF4) or 8 bits, `quantize(W).dequantize()`
+    E                W - Q     (out, in)    rounding error
+    X                X         (in, s)      inputs of the layer in the full-precision model on calibration data; never stored
+    H                X X^T     (in, in)     their correlations, `input_correlations`
+    A, B             A, B      (out, r), (in, r)    low-rank factors, from `svd_init`, `als_init`, `exact_init`
+    lora_A, lora_B             (r, in), (out, r)    trained factors: scaling * lora_B lora_A = A B^T, `split_product`
+    scaling                    alpha / r, or alpha / sqrt(r) with rsLoRA
+    G                E H E^T   (k, k)       what (1) depends on, seen from the smaller side: k = min(out, in), `_Problem`
+
+Usage:      rows = apply_quailora(model, batches)     # replaces the linear layers of a torch model; then train as usual
+
+Sections: 1 quantization, 2 initialization, 3 the layer, 4 whole models, 5 the adapter on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
+
+try:  # rounds and unrounds 4-bit weights where it is installed, so that the base is the one QLoRA has on that device
+    import bitsandbytes
+except ImportError:
+    bitsandbytes = None
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1  Quantization: W -> Q
+# ---------------------------------------------------------------------------------------------------------------------
+
+# The 16 levels of NormalFloat 4 (arXiv 2305.14314, appendix E): quantiles of a normal distribution, scaled to [-1, 1].
+NF4_LEVELS = torch.tensor(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+)  # fmt: skip
+
+
+def _dynamic_map() -> Tensor:
+    """The 256 levels for scales (arXiv 1511.04561): 0, 1, and 2^i cell centers in the decade below 10^(i-6), i < 7, signed."""
+    levels = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1)
+        centers = 10 ** (i - 6) * (edges[:-1] + edges[1:]) / 2
+        levels += centers.tolist() + (-centers).tolist()
+    return torch.tensor(sorted(levels))
+
+
+DYNAMIC_MAP = _dynamic_map()
+
+
+def _round_blocks(x: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Scale each block of a flat float32 x to [-1, 1] and take the nearest level, at a tie the lower one.
+
+    Returns uint8 codes (x.numel(),) and the float32 scales (blocks,), the largest magnitude of each block.
+    """
+    blocks = F.pad(x, (0, -len(x) % block_size)).view(-1, block_size)
+    absmax = blocks.abs().amax(1)
+    size = absmax.clamp(min=1e-38)
+    scaled = blocks * (1 / size)[:, None]
+    if len(x) % block_size:  # bitsandbytes divides in a trailing partial block; the last bit can differ
+        scaled[-1] = blocks[-1] / size[-1]
+    midpoints = ((levels[:-1] + levels[1:]) / 2).to(x.device)
+    return torch.bucketize(scaled.view(-1)[: len(x)], midpoints, out_int32=True).to(torch.uint8), absmax
+
+
+class QuantizedWeight(nn.Module):
+    """A weight rounded to 4 bits (NF4, two codes a byte, the first in the high half) or 8 bits (int8, a scale a row).
+
+    Buffers: `codes`, uint8 (out * in / 2, 1) or int8 (out, in); `absmax`, the scale of each block or row in float32, or
+    with double quantization as uint8 codes with `nested_absmax` (a float32 for 256 scales) and `offset` (float32).
+    """
+
+    def __init__(self, shape, dtype, bits, block_size, codes, absmax, nested_absmax=None, offset=None):
+        super().__init__()
+        self.shape, self.dtype, self.bits, self.block_size = torch.Size(shape), dtype, bits, block_size
+        self.register_buffer("codes", codes)
+        self.register_buffer("absmax", absmax)
+        self.register_buffer("nested_absmax", nested_absmax)
+        self.register_buffer("offset", offset)
+
+    def _apply(self, fn, recurse=True):
+        """Follow moves to a device, but not casts: model.half() would round the scales."""
+        return super()._apply(lambda buffer: buffer.to(fn(buffer.new_empty(0)).device), recurse)
+
+    def scales(self) -> Tensor:
+        """float32 (blocks,), or (out,) for 8 bits."""
+        if self.nested_absmax is None:
+            return self.absmax
+        nested = self.nested_absmax.repeat_interleave(256)[: len(self.absmax)]
+        return DYNAMIC_MAP.to(nested.device)[self.absmax.int()] * nested + self.offset
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Q, (out, in), computed in float32 and rounded to `dtype` (default: the dtype of W)."""
+        dtype = dtype or self.dtype
+        if self.bits == 8:
+            return (self.codes * self.scales()[:, None] * (1 / 127)).to(dtype)
+        if bitsandbytes and dtype in (torch.float32, torch.float16, torch.bfloat16):
+            state = bitsandbytes.functional.QuantState(
+                self.scales(), self.shape, blocksize=self.block_size, quant_type="nf4", dtype=dtype
+            )
+            return bitsandbytes.functional.dequantize_4bit(self.codes, state).view(self.shape)  # (1, 2) comes back as (2, 1)
+        codes = torch.stack([self.codes >> 4, self.codes & 15], -1).view(-1)[: self.shape.numel()]
+        values = F.pad(NF4_LEVELS.to(codes.device)[codes.int()], (0, -len(codes) % self.block_size))
+        Q = values.view(-1, self.block_size) * self.scales()[:, None]
+        return Q.view(-1)[: len(codes)].view(self.shape).to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"shape={tuple(self.shape)}, bits={self.bits}, block_size={self.block_size}"
+
+
+@torch.no_grad()
+def quantize(W: Tensor, bits: int = 4, block_size: int = 64, double_quant: bool = True) -> QuantizedWeight:
+    """Round W, (out, in) of any float dtype, to the nearest level of its block: `quantize(W).dequantize()` is Q.
+
+    4 bits: NF4 (arXiv 2305.14314) in blocks of `block_size` consecutive weights, rows joined; `double_quant` rounds the
+    scales of the blocks to 8 bits too. Codes, packing, scales and Q equal those of bitsandbytes bit for bit.
+    8 bits: int8 with one scale a row (the weights of LLM.int8, arXiv 2208.07339); the other arguments are not used.
+
+    Raises ValueError if W is not a 2-D float matrix, holds NaN or inf, or bits or block_size are not supported.
+    """
+    if W.ndim != 2 or not W.is_floating_point() or not W.numel():
+        raise ValueError(f"expected a 2-D float weight, got {W.dtype} of shape {tuple(W.shape)}")
+    if bits not in (4, 8):
+        raise ValueError(f"bits must be 4 or 8, got {bits}")
+    if block_size < 2 or block_size % 2:
+        raise ValueError(f"block_size must be even and positive, got {block_size}")
+    x = W.float()
+    if not x.isfinite().all():
+        raise ValueError(f"{(~x.isfinite()).sum()} of {x.numel()} weights are NaN or inf")
+    if bits == 8:
+        absmax = x.abs().amax(1)
+        codes = (x * (127 / absmax.clamp(min=1e-36))[:, None]).round().to(torch.int8)
+        return QuantizedWeight(W.shape, W.dtype, 8, None, codes, absmax)
+    if bitsandbytes and block_size in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+        codes, state = bitsandbytes.functional.quantize_4bit(
+            x, blocksize=block_size, compress_statistics=double_quant, quant_type="nf4"
+        )
+        nested_absmax = state.state2.absmax if double_quant else None
+        return QuantizedWeight(W.shape, W.dtype, 4, block_size, codes, state.absmax, nested_absmax, state.offset)
+    codes, absmax = _round_blocks(x.reshape(-1), NF4_LEVELS, block_size)
+    if len(codes) % block_size:
+        absmax[-1].clamp_(min=1e-38)  # as in bitsandbytes
+    codes = F.pad(codes, (0, len(codes) % 2), value=7)  # 7: level 0
+    codes = (codes[::2] << 4 | codes[1::2])[:, None]
+    if not double_quant:
+        return QuantizedWeight(W.shape, W.dtype, 4, block_size, codes, absmax)
+    offset = absmax.mean()
+    absmax, nested_absmax = _round_blocks(absmax - offset, DYNAMIC_MAP, 256)
+    return QuantizedWeight(W.shape, W.dtype, 4, block_size, codes, absmax, nested_absmax, offset)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2  Initialization: E, H -> A, B
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _checked(E: Tensor, H: Tensor | None, rank: int) -> Tensor:
+    """E in float32 or float64; ValueError for arguments that no solver can take."""
+    if E.ndim != 2 or (H is not None and H.shape != (E.shape[1], E.shape[1])):
+        raise ValueError(f"expected E (out, in) and H (in, in), got {[tuple(M.shape) for M in (E, H) if M is not None]}")
+    if not 1 <= rank <= min(E.shape):
+        raise ValueError(f"rank {rank} is not within 1 .. min(out, in) = {min(E.shape)}")
+    if not (E.isfinite().all() and (H is None or H.isfinite().all())):
+        raise ValueError("E or H holds NaN or inf")
+    return E.to(torch.promote_types(E.dtype, torch.float32))
+
+
+def _unit(M: Tensor) -> tuple[float, Tensor]:
+    """(size, M / size) with size the largest magnitude in M: products of large or small matrices leave a float's range."""
+    size = float(M.abs().amax())
+    return (size, M / size) if size > 0 else (1.0, M)
+
+
+def _orthonormal(A: Tensor) -> Tensor:
+    return torch.linalg.qr(A).Q
+
+
+def _balanced(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with A = U sqrt(S), B = V sqrt(S): thin QR of both, SVD of the r x r core."""
+    (U, R_A), (V, R_B) = torch.linalg.qr(A), torch.linalg.qr(B)
+    u, sigma, vt = torch.linalg.svd(R_A @ R_B.T)
+    return U @ (u * sigma.sqrt()), V @ (vt.T * sigma.sqrt())
+
+
+class _Problem:
+    """Objective (1) for one layer, with E and H scaled to unit size and seen from the smaller side of E.
+
+    For an orthonormal A, (6) gives B = E^T A, and the error left is 1/2 (tr G - tr A^T G A) with G = E H E^T, (out, out).
+    If out > in, take the thin QR E = P R first: P is orthonormal, so what A, B are for R, (in, in), P A, B are for E.
+    So R (= E if out <= in) and G = R H R^T, (k, k) with k = min(out, in), are all that the iterations need.
+    """
+
+    def __init__(self, E: Tensor, H: Tensor | None, rank: int):
+        self.e, E = _unit(_checked(E, H, rank))
+        self.h, H = _unit(H.to(E)) if H is not None else (1.0, None)
+        self.P, self.R = torch.linalg.qr(E) if E.shape[0] > E.shape[1] else (None, E)
+        self.G = (self.R if H is None else self.R @ H) @ self.R.T
+        self.rank, self.total = rank, float(self.G.trace())
+
+    def error(self, captured: float) -> float:
+        """1/2 || (E - A B^T) X ||_F^2 in the units of E and H, where captured = tr A^T G A."""
+        return max(0.0, self.total - captured) / 2 * self.e**2 * self.h
+
+    def factors(self, A: Tensor) -> tuple[Tensor, Tensor]:
+        """A (out, r) and B (in, r), SVD-balanced, from an orthonormal A (k, r)."""
+        B = self.R.T @ A  # (6)
+        A, B = _balanced(A if self.P is None else self.P @ A, B)
+        return A * self.e**0.5, B * self.e**0.5
+
+    def start(self) -> Tensor:
+        """U_r of (3), (k, r): exact for k <= 256, else from a random sketch of E and two power iterations."""
+        if len(self.R) <= 256:
+            return torch.linalg.svd(self.R, full_matrices=False).U[:, : self.rank]
+        sketch = torch.randn(self.R.shape[1], self.rank, generator=torch.Generator().manual_seed(0))
+        A = _orthonormal(self.R @ sketch.to(self.R))
+        for _ in range(2):
+            A = _orthonormal(self.R @ (self.R.T @ A))
+        return A
+
+    def als(self, steps: int, every_half_step: bool = False) -> tuple[Tensor, list[float]]:
+        """`steps` rounds of (5) and (6): the best orthonormal A (k, r), and the error at the start and after every step.
+
+        With B = R^T A, (5) is A = G A (A^T G A)^-1. The r x r factor changes the basis of A but not its span, and the span
+        is all that (6) sees, so A = orth(G A) does for both: a subspace iteration, with no system that could be singular.
+        """
+        A, best, most, errors = self.start(), None, -math.inf, []
+        for step in range(steps + 1):
+            Y = self.G @ A  # E H B
+            captured = float((A * Y).sum())  # tr A^T G A
+            errors.append(self.error(captured))
+            if captured > most:  # only rounding can make a later iterate the worse one
+                best, most = A, captured
+            if step < steps:
+                if every_half_step:  # (5) alone leaves 1/2 (tr G - tr (B^T H B)^+ Y^T Y)
+                    lam, V = torch.linalg.eigh(A.T @ Y)  # B^T H B, (r, r)
+                    keep = lam > lam.amax().clamp(min=0) * self.rank * torch.finfo(lam.dtype).eps
+                    errors.append(self.error(float(((Y @ V[:, keep]).square().sum(0) / lam[keep]).sum())))
+                A = _orthonormal(Y)
+        return best, errors
+
+    def exact(self) -> tuple[Tensor, float]:
+        """The top r eigenvectors of G, (k, r), and the least possible error: half the sum of the other eigenvalues."""
+        lam, U = torch.linalg.eigh(self.G)  # ascending
+        return U[:, -self.rank :], self.error(float(lam[-self.rank :].sum()))
+
+
+@torch.no_grad()
+def svd_init(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best rank-r approximation A B^T of E, (out, in), without data: the optimum of (2), by equations (3) and (4).
+
+    Returns A (out, rank), B (in, rank) in float32, or float64 if E is. Raises ValueError if rank is not within
+    1 .. min(out, in), or E is not finite.
+    """
+    U, sigma, Vt = torch.linalg.svd(_checked(E, None, rank), full_matrices=False)  # (3) E = U S V^T
+    root = sigma[:rank].sqrt()
+    return U[:, :rank] * root, Vt[:rank].T * root  # (4) A = U_r sqrt(S_r), B = V_r sqrt(S_r)
+
+
+@torch.no_grad()
+def als_init(E: Tensor, H: Tensor, rank: int, steps: int = 20, return_errors: bool = False):
+    """QuAILoRA: A and B from `steps` rounds of (5) and (6), started at (4).
+
+    E: (out, in), the rounding error W - Q; H: (in, in), symmetric positive semidefinite, of any scale, may be singular.
+    Returns A (out, rank), B (in, rank) in float32, or float64 if E is, in the SVD-balanced form A^T A = B^T B diagonal; with
+    `return_errors` also the 2 steps + 1 calibrated errors: at the start and after every half-step, (5), (6), (5), ...
+    Costs one product with H and two with E, then O(min(out, in)^2 rank) a step. Raises ValueError if rank is not within
+    1 .. min(out, in), the shapes do not fit, or E or H is not finite.
+    """
+    problem = _Problem(E, H, rank)
+    A, errors = problem.als(steps, return_errors)
+    return (*problem.factors(A), errors) if return_errors else problem.factors(A)
+
+
+@torch.no_grad()
+def exact_init(E: Tensor, H: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A global optimum of (1) in closed form (QERA, arXiv 2410.06040; CLoQ, 2501.18475), also where H is singular.
+
+    With U_r the top r eigenvectors of E H E^T, A = U_r and B^T = U_r^T E, here SVD-balanced. Arguments, results and errors
+    raised as for `als_init`. Costs an eigendecomposition of order min(out, in).
+    """
+    problem = _Problem(E, H, rank)
+    return problem.factors(problem.exact()[0])
+
+
+@torch.no_grad()
+def calibrated_error(E: Tensor, A: Tensor, B: Tensor, H: Tensor | None) -> float:
+    """Objective (1): 1/2 || (E - A B^T) X ||_F^2 = 1/2 tr (E - A B^T) H (E - A B^T)^T. H = None is the identity: (2)."""
+    d, D = _unit(E - A @ B.T)
+    h, H = _unit(H.to(D)) if H is not None else (1.0, None)
+    return max(0.0, float(((D if H is None else D @ H) * D).sum())) / 2 * d**2 * h
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3  The layer: x -> Q x + scaling * lora_B lora_A x
+# ---------------------------------------------------------------------------------------------------------------------
+
+INITS = ("quailora", "exact", "svd", "qlora")
+
+
+def split_product(A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """lora_A (r, in) and lora_B (out, r) with scaling * lora_B lora_A = A B^T: the factorization that training starts from.
+
+    (1) determines only the product, but the gradient of each factor is multiplied by the other, so the split decides how
+    fast each is trained. Here lora_A gets orthonormal rows times sqrt(in / r), which has the norm of a normal draw of
+    deviation 1 / sqrt(r), and lora_B the rest. README.md, "How the product is split", has the measurement.
+    """
+    V, R = torch.linalg.qr(B)  # B = V R, (in, r) (r, r)
+    size = math.sqrt(B.shape[0] / B.shape[1])
+    return (V.T * size).contiguous(), A @ R.T / (size * scaling)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """x Q^T for a frozen Q. Keeps the codes for backward and unrounds them again there, where F.linear would keep Q."""
+
+    @staticmethod
+    def forward(ctx, x, base):
+        ctx.base = base
+        return F.linear(x, base.dequantize(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ ctx.base.dequantize(grad.dtype), None
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    """The weight as (out, in): GPT-2's Conv1D holds it transposed."""
+    return linear.weight.detach().T if type(linear).__name__ == "Conv1D" else linear.weight.detach()
+
+
+class LoRALinear(nn.Module):
+    """A linear layer with a frozen quantized weight and a trainable low-rank update: x -> Q x + scaling lora_B lora_A x.
+
+    `base` is the QuantizedWeight; `lora_A` (rank, in) and `lora_B` (out, rank) are the trainable parameters, in float32 (or
+    float64); `bias`, (out,) or None, is kept and frozen; `scaling` is alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+    """
+
+    def __init__(self, base: QuantizedWeight, lora_A: Tensor, lora_B: Tensor, scaling: float, bias: Tensor | None = None):
+        super().__init__()
+        (self.out_features, self.in_features), self.rank, self.scaling = base.shape, len(lora_A), scaling
+        self.base, self.lora_A, self.lora_B = base, nn.Parameter(lora_A), nn.Parameter(lora_B)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, H: Tensor | None = None, **options) -> LoRALinear:
+        """Quantize `linear` (nn.Linear or Conv1D) and initialize its adapter from H, (in, in); None stands for the identity.
+
+        Options and errors raised as for `apply_quailora`: rank, alpha, bits, steps, init, rslora, block_size, double_quant.
+        """
+        return cls._from_linear(linear, H, **options)[0]
+
+    @classmethod
+    @torch.no_grad()
+    def _from_linear(cls, linear, H, rank=64, alpha=16, bits=4, steps=20, init="quailora", rslora=False, block_size=64,
+                     double_quant=True, floor=False) -> tuple[LoRALinear, dict[str, float | None]]:  # fmt: skip
+        """The layer, and its errors as a row of `apply_quailora` has them."""
+        if init not in INITS:
+            raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+        if not (math.isfinite(alpha) and alpha > 0):
+            raise ValueError(f"alpha must be positive, got {alpha}")
+        W = _weight(linear)
+        base = quantize(W, bits, block_size, double_quant)
+        W = W.to(torch.promote_types(W.dtype, torch.float32))
+        E = W - base.dequantize(W.dtype)
+        problem = _Problem(E, H, rank)
+        errors = {"quantized": problem.error(0.0), "svd": None, "als": None, "floor": None}
+        if init == "svd":
+            A, B = svd_init(E, rank)
+            errors["svd"] = calibrated_error(E, A, B, H)
+        if init == "quailora":
+            A, history = problem.als(steps)
+            A, B = problem.factors(A)
+            errors["svd"], errors["als"] = history[0], min(history)
+        if init == "exact" or floor:
+            U, errors["floor"] = problem.exact()
+        if init == "exact":
+            A, B = problem.factors(U)
+        scaling = alpha / (math.sqrt(rank) if rslora else rank)
+        if init == "qlora":  # as peft draws it
+            lora_A, lora_B = W.new_empty(rank, W.shape[1]), W.new_zeros(W.shape[0], rank)
+            nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+        else:
+            lora_A, lora_B = split_product(A, B, scaling)
+        norm = calibrated_error(W, W.new_zeros(W.shape[0], 1), W.new_zeros(W.shape[1], 1), H)
+        relative = {k: e and (math.sqrt(e / norm) if norm else 0.0) for k, e in errors.items()}
+        return cls(base, lora_A, lora_B, scaling, linear.bias).train(linear.training), relative
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in the dtype of x, or of autocast."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A) * self.scaling, self.lora_B)
+        out = _FrozenProduct.apply(x, self.base) + update.to(x.dtype)
+        return out if self.bias is None else out + self.bias.to(x.dtype)
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """Q + scaling * lora_B lora_A, (out, in), in the dtype of the factors."""
+        return self.base.dequantize(self.lora_A.dtype) + self.scaling * self.lora_B @ self.lora_A
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"rank={self.rank}, scaling={self.scaling:g}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4  Whole models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def linear_layers(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Module]:
+    """The layers to replace, by name: every nn.Linear and Conv1D but heads, weights tied to an embedding, and those in `skip`.
+
+    Heads are what a transformers model has outside its `base_model`, and its output embedding. Subclasses of nn.Linear are
+    left alone: their forward is not known.
+    """
+    body = set(getattr(model, "base_model", model).modules())
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if (type(module) is nn.Linear or type(module).__name__ == "Conv1D")
+        and (module in body and module is not head and id(module.weight) not in tied and name not in skip)
+    }
+
+
+@torch.no_grad()
+def input_correlations(model: nn.Module, batches: Iterable, skip: Iterable[str] = ()) -> dict[str, Tensor]:
+    """H = X X^T, (in, in) in float32 or float64, of every layer in `linear_layers(model, skip)`, over all of `batches`.
+
+    A batch is what the model takes: a mapping of keyword arguments (`labels` are dropped), a tuple, or one tensor. Positions
+    where a 2-D `attention_mask` is 0 do not count. Layers that read the same tensor share one H object. The model runs in
+    eval mode and without its head. Raises ValueError if a layer reads nothing, NaN or inf, RuntimeError if two layers read
+    the same tensor in some calls and not in others.
+    """
+    body, device, layers = getattr(model, "base_model", model), next(model.parameters()).device, linear_layers(model, skip)
+    H, source, calls, keep = {}, {}, dict.fromkeys(layers, 0), None  # source: layer -> first layer that reads the same tensor
+    first_reader = WeakIdKeyDictionary()  # tensor -> layer
+
+    def read(name: str, x: Tensor):
+        reader = first_reader.setdefault(x, name)
+        calls[name] += 1
+        if source.setdefault(name, reader) != reader:
+            raise RuntimeError(f"{name} reads the same tensor as {source[name]} in one call, as {reader} in another")
+        if reader == name:
+            x = x.reshape(-1, x.shape[-1])  # (tokens, in)
+            x = x if keep is None or len(keep) != len(x) else x[keep]
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            H[name] = torch.addmm(H[name], x.T, x) if name in H else x.T @ x
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(model.train, model.training)
+        model.eval()
+        for name, layer in layers.items():
+            hook = layer.register_forward_pre_hook(lambda _, args, name=name: read(name, args[0]))
+            stack.callback(hook.remove)
+        for batch in batches:
+            if isinstance(batch, Mapping):
+                batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
+                mask = batch.get("attention_mask")
+                keep = mask.bool().reshape(-1) if mask is not None and mask.ndim == 2 and not mask.all() else None
+                body(**batch)
+            else:
+                body(*(x.to(device) for x in (batch if isinstance(batch, (tuple, list)) else (batch,))))
+    for name in layers:
+        if not calls[name]:
+            raise ValueError(f"{name} read nothing in calibration: is there a batch, and does the model use this layer?")
+        if calls[name] != calls[source[name]]:
+            raise RuntimeError(f"{name} reads the same tensor as {source[name]}, but not as often")
+        if not H[source[name]].isfinite().all():
+            raise ValueError(f"{name} read NaN or inf in calibration")
+    return {name: H[source[name]] for name in layers}
+
+
+@torch.no_grad()
+def apply_quailora(
+    model: nn.Module, batches: Iterable | None, rank: int = 64, alpha: float = 16, bits: int = 4, steps: int = 20,
+    init: str = "quailora", rslora: bool = False, block_size: int = 64, double_quant: bool = True,
+    skip: Iterable[str] = (), H: dict[str, Tensor] | None = None, floor: bool = True, progress: Callable = list,
+) -> list[dict]:  # fmt: skip
+    """Replace every layer of `linear_layers(model, skip)` by a LoRALinear, in place, and freeze everything but the adapters.
+
+    batches: calibration data for `input_correlations`, or None where `H` holds what that function returned or `init` needs
+    no data. init: "quailora" (the paper), "exact" (the optimum of (1)), "svd" (that of (2)), "qlora" (the baseline: lora_A
+    Kaiming-uniform, lora_B zero). The product starts the same for any alpha, see LoRALinear. floor=False spares its
+    eigenvalues, which take longer than ALS on layers beyond about 2,000. progress wraps the list of names: tqdm, say.
+
+    Returns a row for each layer: `name`, `shape` (out, in), and the error || (W - (Q + A B^T)) X ||_F / || W X ||_F without
+    an adapter (`quantized`), after the SVD start (`svd`), after ALS (`als`) and at its least (`floor`); None where it was not
+    computed, and with the identity for X X^T where there is no data. Raises ValueError, with the model as it was, for options
+    out of range, and for NaN or inf in a weight.
+    """
+    options = dict(rank=rank, alpha=alpha, bits=bits, steps=steps, init=init, rslora=rslora, block_size=block_size,
+                   double_quant=double_quant, floor=floor)  # fmt: skip
+    layers = linear_layers(model, skip)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no linear layers to replace")
+    for name, layer in layers.items():
+        W = _weight(layer)
+        if not 1 <= rank <= min(W.shape):
+            raise ValueError(f"rank {rank} is not within 1 .. min(out, in) = {min(W.shape)} of {name}")
+        if not W.isfinite().all():
+            raise ValueError(f"{(~W.isfinite()).sum()} of {W.numel()} weights of {name} are NaN or inf")
+    LoRALinear._from_linear(nn.Linear(2, 2), None, **{**options, "rank": 1})  # raises for the other options, before the work
+    if H is None and batches is None and init in ("quailora", "exact"):
+        raise ValueError(f"init {init!r} needs calibration data: batches or H")
+    H = dict(H) if H is not None else input_correlations(model, batches, skip) if batches is not None else {}
+    model.requires_grad_(False)
+    rows = []
+    for name in progress(list(layers)):
+        linear = layers.pop(name)
+        lora, errors = LoRALinear._from_linear(linear, H.pop(name, None), **options)
+        rows.append({"name": name, "shape": [lora.out_features, lora.in_features], **errors})
+        for parent in model.modules():  # a module can be registered in several places
+            for key, child in parent._modules.items():
+                if child is linear:
+                    setattr(parent, key, lora)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5  The adapter on disk
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_adapter(model: nn.Module, folder: str | Path, base_model: str | None = None) -> None:
+    """Write the adapter of `apply_quailora` to `folder` as a LoRA adapter of peft."""
+    from safetensors.torch import save_file
+
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    first = next(iter(layers.values()))
+    tensors = {
+        f"base_model.model.{name}.{factor}.weight": getattr(layer, factor).detach().cpu().contiguous()
+        for name, layer in layers.items()
+        for factor in ("lora_A", "lora_B")
+    }
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "r": first.rank,
+        "lora_alpha": first.scaling * first.rank, "use_rslora": False, "target_modules": list(layers), "lora_dropout": 0.0,
+        "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
+    }  # fmt: skip
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(tensors, Path(folder) / "adapter_model.safetensors")
+    (Path(folder) / "adapter_config.json").write_text(json.dumps(config, indent=2))

@@ -1,0 +1,731 @@
+# SPDX-License-Identifier: MIT
+"""Properties of quailora.py, each against an oracle: a closed form, dense float64, or bitsandbytes.
+
+Sections as in quailora.py: 1 quantization, 2 initialization, 3 the layer, 4 whole models, and train.py.
+"""
+
+import gc
+import json
+import math
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import bitsandbytes
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import quailora
+import train
+from quailora import LoRALinear, als_init, apply_quailora, calibrated_error, exact_init, input_correlations, quantize, svd_init
+
+settings.register_profile("default", deadline=None, max_examples=100)
+settings.load_profile("default")
+torch.set_num_threads(1)  # for matrices as small as these a second thread only costs
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1  Quantization
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def torch_path(monkeypatch):
+    """Both quantize and dequantize in plain torch, as without bitsandbytes."""
+    monkeypatch.setattr(quailora, "bitsandbytes", None)
+
+
+def without_bitsandbytes(call):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quailora, "bitsandbytes", None)
+        return call()
+
+
+@st.composite
+def weights(draw):
+    """A weight of any float dtype and shape, some of its blocks zero, some rows scaled up or down by orders of magnitude."""
+    rows, columns = draw(st.integers(1, 40)), draw(st.integers(1, 150))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    W = torch.randn(rows, columns, generator=generator) * 10 ** draw(st.floats(-6, 3))
+    W *= 10 ** (draw(st.floats(0, 3)) * torch.randn(rows, 1, generator=generator))
+    W.view(-1)[: draw(st.sampled_from([0, 64, 200]))] = 0
+    return W.clamp(-6e4, 6e4).to(draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64])))
+
+
+@given(weights(), st.sampled_from([32, 64, 128, 256]))
+def test_nf4_equals_bitsandbytes_bit_for_bit(W, block_size):
+    ours = without_bitsandbytes(lambda: quantize(W, block_size=block_size, double_quant=False))
+    low = W if W.dtype != torch.float64 else W.float()
+    codes, state = bitsandbytes.functional.quantize_4bit(low, blocksize=block_size, quant_type="nf4")
+    assert torch.equal(ours.codes, codes) and torch.equal(ours.absmax, state.absmax)
+    Q = without_bitsandbytes(ours.dequantize)
+    assert Q.dtype == W.dtype and torch.equal(Q.to(low.dtype), bitsandbytes.functional.dequantize_4bit(codes, state))
+    assert torch.equal(ours.dequantize(), Q), "the bitsandbytes path on the same buffers"
+
+
+@given(weights())
+def test_double_quantization_has_the_offset_blocks_and_map_of_bitsandbytes_and_the_nearest_code(W):
+    ours = without_bitsandbytes(lambda: quantize(W))
+    plain = without_bitsandbytes(lambda: quantize(W, double_quant=False))
+    _, state = bitsandbytes.functional.quantize_4bit(W.float(), blocksize=64, quant_type="nf4", compress_statistics=True)
+    assert torch.equal(quailora.DYNAMIC_MAP, state.state2.code)
+    assert torch.equal(ours.offset, state.offset) and torch.equal(ours.nested_absmax, state.state2.absmax)
+    scaled = ours.nested_absmax.repeat_interleave(256)[: len(plain.absmax)] > 1e-30
+    assert ((ours.absmax.int() - state.absmax.int()).abs()[scaled] <= 1).all()
+    # nearest, by brute force over all 256 levels
+    nested = ours.nested_absmax.repeat_interleave(256)[: len(plain.absmax), None]
+    candidates = quailora.DYNAMIC_MAP.double() * nested
+    target = (plain.absmax - ours.offset).double()[:, None]
+    best = (candidates - target).abs().amin(1)
+    chosen = (candidates.gather(1, ours.absmax.long()[:, None]) - target).abs()[:, 0]
+    assert (chosen <= best + 1e-6 * nested[:, 0] + 1e-36).all()
+
+
+def test_double_quantized_scales_differ_from_bitsandbytes_on_the_cpu_in_less_than_half_a_percent():
+    W = torch.randn(1024, 2048, generator=torch.Generator().manual_seed(0))
+    ours, theirs = without_bitsandbytes(lambda: quantize(W)), quantize(W)
+    assert torch.equal(ours.codes, theirs.codes)
+    assert (ours.absmax != theirs.absmax).float().mean() < 0.005
+
+
+@given(weights())
+def test_the_bitsandbytes_path_gives_the_base_of_a_qlora_user(W):
+    low = W if W.dtype != torch.float64 else W.float()
+    codes, state = bitsandbytes.functional.quantize_4bit(low, blocksize=64, quant_type="nf4", compress_statistics=True)
+    theirs = bitsandbytes.functional.dequantize_4bit(codes, state)
+    ours = quantize(W)
+    assert torch.equal(ours.codes, codes) and torch.equal(ours.dequantize().to(low.dtype), theirs)
+    assert torch.equal(without_bitsandbytes(ours.dequantize).to(low.dtype), theirs), "the torch path on the same buffers"
+
+
+@given(weights())
+def test_nf4_is_idempotent_on_its_own_output(W):
+    Q = quantize(W, double_quant=False).dequantize(torch.float32)
+    assert torch.equal(quantize(Q, double_quant=False).dequantize(), Q)
+
+
+def test_nf4_packs_two_codes_a_byte_in_the_documented_order(torch_path):
+    W = torch.tensor([[-1.0, 1.0, 0.0], [0.0796, 0.0, -0.0911]])
+    assert quantize(W, double_quant=False).codes.view(-1).tolist() == [0x0F, 0x78, 0x76]
+    assert quantize(W[:, :1], double_quant=False).codes.view(-1).tolist() == [0x08]
+    assert quantize(torch.zeros(1, 3)).codes.view(-1).tolist() == [0x77, 0x77]
+
+
+@given(weights())
+def test_int8_equals_the_rowwise_absmax_quantization_of_bitsandbytes(W):
+    ours = quantize(W, bits=8)
+    codes, absmax, _ = bitsandbytes.functional.int8_vectorwise_quant(W.float())
+    rows = absmax > 1e-36  # for a row of zeros bitsandbytes casts NaN to int8
+    assert torch.equal(ours.absmax, absmax) and torch.equal(ours.codes[rows], codes[rows])
+    assert ours.codes.dtype == torch.int8 and not ours.codes[~rows].any()
+    Q = ours.dequantize(torch.float32)
+    assert torch.allclose(Q, bitsandbytes.functional.int8_vectorwise_dequant(ours.codes, absmax), rtol=1e-6)
+    assert ((Q - W.float()).abs() <= absmax[:, None] / 254 * 1.0001).all()
+
+
+@pytest.mark.parametrize(
+    "W, options, message",
+    [
+        (torch.ones(2, 3), {"bits": 5}, "bits must be 4 or 8, got 5"),
+        (torch.ones(2, 3), {"block_size": 3}, "block_size must be even and positive, got 3"),
+        (torch.ones(4), {}, r"expected a 2-D float weight, got torch.float32 of shape \(4,\)"),
+        (torch.ones(2, 3, dtype=torch.int8), {}, "expected a 2-D float weight, got torch.int8"),
+        (torch.tensor([[1.0, math.nan, math.inf]]), {}, "2 of 3 weights are NaN or inf"),
+    ],
+)
+def test_quantize_refuses_what_it_cannot_round(W, options, message):
+    with pytest.raises(ValueError, match=message):
+        quantize(W, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2  Initialization
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def problems(draw, singular=True):
+    """E (out, in), H = X X^T (in, in), both float64, and a rank; H decays; E and H have any rank if `singular`."""
+    out, n = draw(st.integers(1, 24)), draw(st.integers(1, 24))
+    rank = draw(st.integers(1, min(out, n)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    E = normal(out, n)
+    decay = torch.logspace(0, -draw(st.floats(0, 3)), n, dtype=torch.float64)
+    X = normal(n, 2 * n) * decay[torch.randperm(n, generator=generator), None]
+    if singular:
+        rank_E, rank_X = draw(st.integers(0, min(out, n))), draw(st.integers(0, n))
+        E = normal(out, rank_E) @ normal(rank_E, n) if rank_E < min(out, n) else E
+        X = X @ torch.eye(2 * n, dtype=torch.float64)[:, :rank_X] if rank_X < n else X
+        if draw(st.booleans()):
+            X[draw(st.integers(0, n - 1))] = 0  # a dead input feature
+    return E, X @ X.T, rank
+
+
+def eigenvalues(E, H):
+    return torch.linalg.eigvalsh(E @ H @ E.T).flip(0)
+
+
+def optimum(E, H, rank):
+    """The least value of objective (1), by an eigendecomposition of the full E H E^T."""
+    return eigenvalues(E, H)[rank:].clamp(min=0).sum().item() / 2
+
+
+def nothing(E):
+    return E.new_zeros(len(E), 1), E.new_zeros(E.shape[1], 1)
+
+
+def slack(E, H):
+    """What rounding may change in an error: 1e-10 of that of E alone."""
+    return 1e-10 * calibrated_error(E, *nothing(E), H) + 1e-300
+
+
+@given(problems())
+def test_each_half_step_never_increases_the_error(problem):
+    E, H, rank = problem
+    *_, errors = als_init(E, H, rank, steps=10, return_errors=True)
+    assert len(errors) == 21
+    for before, after in zip(errors, errors[1:], strict=False):
+        assert after <= before + slack(E, H)
+
+
+@given(problems(singular=False), st.integers(0, 4))
+def test_als_is_equations_5_and_6_half_step_by_half_step(problem, steps):
+    E, H, rank = problem
+    A, B = svd_init(E, rank)
+    expected = [calibrated_error(E, A, B, H)]
+    for _ in range(steps):
+        A = torch.linalg.solve(B.T @ H @ B, (E @ H @ B).T).T  # (5), with explicit systems
+        expected.append(calibrated_error(E, A, B, H))
+        B = torch.linalg.solve(A.T @ A, A.T @ E).T  # (6)
+        expected.append(calibrated_error(E, A, B, H))
+    ours_A, ours_B, errors = als_init(E, H, rank, steps, return_errors=True)
+    assert errors == pytest.approx(expected, rel=1e-5, abs=1e4 * slack(E, H))
+    if steps and expected[-1] < expected[0]:
+        assert torch.allclose(ours_A @ ours_B.T, A @ B.T, rtol=1e-4, atol=1e-4 * E.abs().max().item())
+
+
+@given(problems())
+def test_the_factors_have_the_error_that_als_reports(problem):
+    E, H, rank = problem
+    A, B, errors = als_init(E, H, rank, return_errors=True)
+    assert calibrated_error(E, A, B, H) == pytest.approx(errors[-1], rel=1e-7, abs=slack(E, H))
+
+
+@given(problems())
+def test_no_solution_is_below_the_floor_and_exact_init_is_on_it(problem):
+    E, H, rank = problem
+    floor = optimum(E, H, rank)
+    assert calibrated_error(E, *exact_init(E, H, rank), H) == pytest.approx(floor, rel=1e-7, abs=slack(E, H))
+    for A, B in (svd_init(E, rank), als_init(E, H, rank)):
+        assert calibrated_error(E, A, B, H) >= floor - slack(E, H)
+
+
+@given(problems())
+def test_als_is_never_above_svd_nor_svd_above_plain_quantization_without_data(problem):
+    E, H, rank = problem
+    svd = calibrated_error(E, *svd_init(E, rank), H)
+    assert calibrated_error(E, *als_init(E, H, rank), H) <= svd + slack(E, H)
+    if not singular(E, rank):
+        assert calibrated_error(E, *als_init(E, H, rank, steps=0), H) == pytest.approx(svd, rel=1e-6, abs=slack(E, H))
+    assert calibrated_error(E, *svd_init(E, rank), None) <= calibrated_error(E, *nothing(E), None)
+
+
+def singular(E, rank):
+    """Whether the SVD leaves the start open: fewer than `rank` singular values, or two equal ones at the cut."""
+    sigma = torch.linalg.svdvals(E)
+    return sigma[rank - 1] < 1e-9 * sigma[0] + 1e-300 or (rank < len(sigma) and sigma[rank] > (1 - 1e-6) * sigma[rank - 1])
+
+
+@given(problems(singular=False))
+def test_als_reaches_the_floor_when_the_spectrum_has_a_gap(problem):
+    E, H, rank = problem
+    lam, U = torch.linalg.eigh(E @ H @ E.T)
+    lam = lam.clone()
+    U = U[:, -min(E.shape) :]  # E of full rank r': the eigenvectors in its range
+    top = U[:, -rank:]
+    E = E + 9 * top @ (top.T @ E)  # the top eigenvalues a hundredfold
+    start = calibrated_error(E, *nothing(E), H)
+    assert calibrated_error(E, *als_init(E, H, rank, steps=60), H) <= optimum(E, H, rank) + 1e-8 * start
+
+
+@given(problems())
+def test_with_the_identity_for_h_the_optimum_is_that_of_the_svd(problem):
+    E, _, rank = problem
+    H = torch.eye(E.shape[1], dtype=E.dtype)
+    svd = calibrated_error(E, *svd_init(E, rank), H)
+    for init in (als_init, exact_init):
+        A, B = init(E, H, rank)
+        assert calibrated_error(E, A, B, H) == pytest.approx(svd, rel=1e-7, abs=slack(E, H))
+        if not singular(E, rank):
+            U, V = svd_init(E, rank)
+            assert torch.allclose(A @ B.T, U @ V.T, atol=1e-3 * E.abs().max().item())
+
+
+@given(problems())
+def test_svd_init_is_eckart_young_optimal(problem):
+    E, _, rank = problem
+    A, B = svd_init(E, rank)
+    tail = torch.linalg.svdvals(E)[rank:].square().sum().item()
+    assert (E - A @ B.T).square().sum().item() == pytest.approx(tail, rel=1e-9, abs=slack(E, None))
+
+
+@given(problems(singular=False), st.sampled_from([1e-12, 1e-3, 7.0, 1e12]))
+def test_results_scale_with_e_and_do_not_depend_on_the_scale_of_h(problem, c):
+    E, H, rank = problem
+    for init in (als_init, exact_init):
+        product = torch.matmul(*(M if i == 0 else M.T for i, M in enumerate(init(E, H, rank))))
+        for scaled_E, scaled_H, factor in ((c * E, H, c), (E, c * H, 1)):
+            A, B = init(scaled_E, scaled_H, rank)
+            base = calibrated_error(E, *nothing(E), H)
+            assert calibrated_error(E, A / factor, B, H) == pytest.approx(
+                (calibrated_error(E, product, torch.eye(E.shape[1]).double(), H)), rel=1e-5, abs=1e-8 * base
+            )
+
+
+@given(problems(singular=False), st.randoms(use_true_random=False))
+def test_results_permute_with_the_features(problem, random):
+    E, H, rank = problem
+    rows, columns = list(range(E.shape[0])), list(range(E.shape[1]))
+    random.shuffle(rows), random.shuffle(columns)
+    for init in (als_init, exact_init):
+        error = calibrated_error(E, *init(E, H, rank), H)
+        A, B = init(E[rows][:, columns], H[columns][:, columns], rank)
+        back = A[torch.tensor(rows).argsort()], B[torch.tensor(columns).argsort()]
+        assert calibrated_error(E, *back, H) == pytest.approx(error, rel=1e-5, abs=1e-8 * calibrated_error(E, *nothing(E), H))
+
+
+@given(problems())
+def test_inputs_are_unchanged_and_factors_finite_balanced_and_shaped(problem):
+    E, H, rank = problem
+    E_before, H_before = E.clone(), H.clone()
+    for A, B in (svd_init(E, rank), als_init(E, H, rank), exact_init(E, H, rank)):
+        assert torch.equal(E, E_before) and torch.equal(H, H_before)
+        assert A.shape == (E.shape[0], rank) and B.shape == (E.shape[1], rank) and A.dtype == B.dtype == torch.float64
+        assert A.isfinite().all() and B.isfinite().all()
+        size = max(1e-300, A.square().sum().item())
+        assert torch.allclose(A.T @ A, B.T @ B, atol=1e-9 * size)
+        assert torch.allclose(A.T @ A, (A.T @ A).diagonal().diag(), atol=1e-9 * size)
+
+
+@given(problems())
+def test_calibrated_error_is_objective_1(problem):
+    E, H, rank = problem
+    lam, U = torch.linalg.eigh(H)
+    X = U * lam.clamp(min=0).sqrt()
+    A, B = torch.randn(len(E), rank).double(), torch.randn(E.shape[1], rank).double()
+    expected = ((E - A @ B.T) @ X).square().sum().item() / 2
+    assert calibrated_error(E, A, B, H) == pytest.approx(expected, rel=1e-9, abs=1e-9 * expected + 1e-300)
+
+
+@pytest.mark.parametrize("out, n", [(300, 700), (700, 300), (400, 400)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_sized_problem_ends_within_a_percent_of_the_floor_in_float32(out, n, dtype):
+    """Beyond 256 the start is a sketch; inputs with a decaying spectrum and outlier channels, as in a language model."""
+    generator = torch.Generator().manual_seed(0)
+    E = torch.randn(out, n, generator=generator).to(dtype)
+    X = torch.randn(n, 4 * n, generator=generator) * torch.linspace(0, -6, n).exp()[:, None]
+    X[5] *= 100
+    A, B, errors = als_init(E, X @ X.T, 32, return_errors=True)
+    assert A.dtype == torch.float32
+    E, H = E.double(), X.double() @ X.double().T
+    svd = calibrated_error(E, *svd_init(E, 32), H)
+    assert calibrated_error(E, A.double(), B.double(), H) < 1.01 * optimum(E, H, 32) < svd
+    assert errors[0] == pytest.approx(svd, rel=0.2), "the sketched start is close to the SVD"
+
+
+@pytest.mark.parametrize(
+    "E, H, rank, message",
+    [
+        (torch.ones(3, 4), torch.eye(3), 1, r"expected E \(out, in\) and H \(in, in\), got \[\(3, 4\), \(3, 3\)\]"),
+        (torch.ones(3, 4), torch.eye(4), 4, r"rank 4 is not within 1 .. min\(out, in\) = 3"),
+        (torch.ones(3, 4), torch.eye(4), 0, r"rank 0 is not within"),
+        (torch.ones(3, 4), torch.eye(4) / 0, 1, "E or H holds NaN or inf"),
+    ],
+)
+def test_solvers_refuse_what_has_no_solution(E, H, rank, message):
+    for init in (als_init, exact_init):
+        with pytest.raises(ValueError, match=message):
+            init(E, H, rank)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3  The layer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_linear(n=48, out=40, dtype=torch.float64, conv1d=False, bias=True):
+    """A linear layer and the H of inputs with a decaying spectrum."""
+    torch.manual_seed(0)
+    linear = transformers.pytorch_utils.Conv1D(out, n) if conv1d else nn.Linear(n, out, bias=bias)
+    X = torch.randn(n, 200, dtype=torch.float64) * torch.linspace(0, -3, n).double().exp()[:, None]
+    nn.init.normal_(linear.bias) if bias else None
+    return linear.to(dtype), X @ X.T
+
+
+@pytest.mark.parametrize("conv1d", [False, True])
+@pytest.mark.parametrize("init", quailora.INITS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_forward_and_gradients_equal_those_of_the_dense_weight(bits, init, conv1d):
+    linear, H = make_linear(conv1d=conv1d)
+    layer = LoRALinear.from_linear(linear, H, rank=8, alpha=5, bits=bits, init=init)
+    nn.init.normal_(layer.lora_B)
+    W = linear.weight.T if conv1d else linear.weight
+    assert torch.equal(layer.base.dequantize(), quantize(W, bits).dequantize())
+    lora_A, lora_B = layer.lora_A.detach().clone().requires_grad_(), layer.lora_B.detach().clone().requires_grad_()
+    merged = layer.base.dequantize() + 5 / 8 * lora_B @ lora_A
+    assert torch.allclose(layer.merged_weight(), merged)
+
+    x = torch.randn(2, 7, 48, dtype=torch.float64)
+    x_ours, x_dense = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, dense = layer(x_ours), F.linear(x_dense, merged, linear.bias)
+    assert torch.allclose(y, dense)
+    y.square().sum().backward(), dense.square().sum().backward()
+    assert torch.allclose(x_ours.grad, x_dense.grad)
+    assert torch.allclose(layer.lora_A.grad, lora_A.grad) and torch.allclose(layer.lora_B.grad, lora_B.grad)
+    assert {name for name, p in layer.named_parameters() if p.grad is not None} == {"lora_A", "lora_B"}
+
+
+@given(st.floats(1e-3, 1e3), st.booleans(), st.sampled_from(["quailora", "exact", "svd"]))
+@settings(max_examples=25)
+def test_any_alpha_starts_at_the_same_function(alpha, rslora, init):
+    linear, H = make_linear()
+    layer = LoRALinear.from_linear(linear, H, rank=8, alpha=alpha, rslora=rslora, init=init)
+    assert layer.scaling == pytest.approx(alpha / (8**0.5 if rslora else 8))
+    E = linear.weight.detach() - layer.base.dequantize()
+    A, B = {"quailora": als_init, "exact": exact_init, "svd": lambda E, H, r: svd_init(E, r)}[init](E, H, 8)
+    assert torch.allclose(layer.merged_weight() - layer.base.dequantize(), A @ B.T, atol=1e-9)
+
+
+def test_the_product_is_split_into_an_orthonormal_in_side_at_the_norm_of_a_normal_draw():
+    A, B = torch.randn(30, 6).double(), torch.randn(50, 6).double()
+    lora_A, lora_B = quailora.split_product(A, B, scaling=0.25)
+    assert torch.allclose(0.25 * lora_B @ lora_A, A @ B.T)
+    assert torch.allclose(lora_A @ lora_A.T, 50 / 6 * torch.eye(6).double())
+
+
+def test_qlora_starts_as_peft_draws_it():
+    linear, _ = make_linear(n=64, out=32, dtype=torch.float32)
+    torch.manual_seed(3)
+    layer = LoRALinear.from_linear(linear, rank=16, init="qlora")
+    torch.manual_seed(3)
+    expected = nn.init.kaiming_uniform_(torch.empty(16, 64), a=math.sqrt(5))
+    assert torch.equal(layer.lora_A, expected) and not layer.lora_B.any()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_dequantized_weight_is_never_kept_for_backward(bits):
+    linear, _ = make_linear(n=256, out=128, dtype=torch.float32)
+    layer = LoRALinear.from_linear(linear, rank=4, bits=bits)
+
+    def saved(call):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            call(torch.randn(3, 256, requires_grad=True)).sum().backward()
+        return max(sizes)
+
+    assert saved(lambda x: F.linear(x, layer.base.dequantize())) == 128 * 256, "what the layer must not do"
+    assert saved(layer) <= 4 * 256
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_layer_computes_in_its_dtype_with_float32_factors(dtype):
+    linear, H = make_linear(dtype=dtype)
+    layer = LoRALinear.from_linear(linear, H, rank=8)
+    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+    x = torch.randn(5, 48, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == dtype
+    assert torch.allclose(y.float(), F.linear(x.float(), layer.merged_weight(), linear.bias.float()), atol=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x.float()).dtype == torch.bfloat16
+
+
+def test_a_cast_does_not_round_the_scales_and_a_state_dict_restores_the_layer():
+    linear, H = make_linear(dtype=torch.float32)
+    layer, other = LoRALinear.from_linear(linear, H, rank=8), LoRALinear.from_linear(nn.Linear(48, 40), rank=8)
+    Q = layer.base.dequantize()
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 48)
+    assert torch.equal(other(x), layer(x))
+    assert torch.equal(layer.half().base.dequantize(), Q)
+
+
+def test_repr_says_what_the_layer_is():
+    layer = LoRALinear.from_linear(make_linear()[0], rank=8, alpha=4)
+    assert "in_features=48, out_features=40, bias=True, rank=8, scaling=0.5" in repr(layer)
+    assert "bits=4" in repr(layer)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4  Whole models
+# ---------------------------------------------------------------------------------------------------------------------
+
+T = transformers
+TEXT_MODELS = {
+    "opt": lambda: T.OPTForCausalLM(
+        T.OPTConfig(vocab_size=384, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
+                    num_attention_heads=4, max_position_embeddings=64, pad_token_id=0)),
+    "llama": lambda: T.LlamaForCausalLM(
+        T.LlamaConfig(vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                      num_key_value_heads=2)),
+    "bloom": lambda: T.BloomForCausalLM(T.BloomConfig(vocab_size=384, hidden_size=32, n_layer=2, n_head=4)),
+    "neox": lambda: T.GPTNeoXForCausalLM(
+        T.GPTNeoXConfig(vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)),
+    "gpt2": lambda: T.GPT2LMHeadModel(T.GPT2Config(vocab_size=384, n_embd=32, n_layer=2, n_head=4, n_positions=64)),
+}  # fmt: skip
+LAYERS_PER_BLOCK = {"opt": 6, "llama": 7, "bloom": 4, "neox": 4, "gpt2": 4}
+SHARED_PER_BLOCK = {"opt": [3], "llama": [3, 2], "bloom": [], "neox": [], "gpt2": []}  # sizes of the groups that share one H
+
+
+def tiny(family):
+    torch.manual_seed(0)
+    return TEXT_MODELS[family]().eval()
+
+
+def token_batches(n=4, padded=True):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 384, (n, 3, 20), generator=generator)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[:, 0, 13:] = 0
+        mask[:, 2, :4] = 0
+    return [{"input_ids": i, "attention_mask": m, "labels": i} for i, m in zip(ids, mask, strict=True)]
+
+
+@pytest.mark.parametrize("family", TEXT_MODELS)
+def test_h_is_the_sum_over_unpadded_positions_and_shared_where_the_tensor_is(family):
+    model, batches = tiny(family), token_batches()
+    model.get_output_embeddings().register_forward_hook(lambda *_: pytest.fail("the head was run"))
+    H = input_correlations(model, batches)
+    expected, hooks = {}, []
+    for name, layer in quailora.linear_layers(model).items():
+
+        def record(_, args, name=name):
+            x = args[0].reshape(-1, args[0].shape[-1])[mask.bool().reshape(-1)].double()
+            expected[name] = expected.get(name, 0) + x.T @ x
+
+        hooks.append(layer.register_forward_pre_hook(record))
+    for batch in batches:
+        mask = batch["attention_mask"]
+        model.base_model(input_ids=batch["input_ids"], attention_mask=mask)
+    assert H.keys() == expected.keys() and len(H) == 2 * LAYERS_PER_BLOCK[family]
+    for name in H:
+        assert torch.allclose(H[name].double(), expected[name], rtol=1e-4, atol=1e-4 * expected[name].abs().max().item())
+    groups = {}
+    for matrix in H.values():
+        groups[id(matrix)] = groups.get(id(matrix), 0) + 1
+    assert sorted(size for size in groups.values() if size > 1) == sorted(2 * SHARED_PER_BLOCK[family])
+
+
+@pytest.mark.parametrize("family", TEXT_MODELS)
+def test_apply_replaces_all_but_the_head_and_brings_the_outputs_closer(family):
+    batches = token_batches()
+    with torch.no_grad():
+        full = [tiny(family)(**batch).logits for batch in batches]
+    distance = {}
+    for init in ("qlora", "svd", "quailora", "exact"):
+        model = tiny(family)
+        head, linear_names = model.get_output_embeddings(), list(quailora.linear_layers(model))
+        linears = weakref.WeakSet(quailora.linear_layers(model).values())
+        rows = apply_quailora(model, batches, rank=8, alpha=3, init=init)
+        gc.collect()
+        assert not linears, "full-precision layers are freed"
+        assert model.get_output_embeddings() is head
+        assert [row["name"] for row in rows] == linear_names and len(rows) == 2 * LAYERS_PER_BLOCK[family]
+        assert all(isinstance(model.get_submodule(name), LoRALinear) for name in linear_names)
+        assert {name.rsplit(".", 1)[1] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+        for row in rows:
+            assert row["shape"] == list(model.get_submodule(row["name"]).merged_weight().shape)
+            assert row["quantized"] > row["floor"] > 0
+            if init == "quailora":
+                assert row["quantized"] >= row["als"] >= row["floor"] * (1 - 1e-5) and row["svd"] >= row["als"]
+        with torch.no_grad():
+            logits = [model(**batch).logits for batch in batches]
+        distance[init] = sum((a - b).square().sum().item() for a, b in zip(logits, full, strict=True))
+        model(**batches[0]).loss.backward()
+    assert max(distance["quailora"], distance["exact"]) < distance["svd"] < distance["qlora"]
+
+
+def test_the_error_of_a_row_is_that_of_the_layer_on_the_calibration_data():
+    batches, name = token_batches(padded=False), "model.decoder.layers.1.fc2"
+    model, inputs = tiny("opt"), []
+    layer = model.get_submodule(name)
+    W = layer.weight.detach().double().clone()
+    handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().reshape(-1, 64).double()))
+    for batch in batches:
+        model(**batch)
+    handle.remove()
+    X = torch.cat(inputs).T
+    row = next(row for row in apply_quailora(model, batches, rank=8) if row["name"] == name)
+    lora = model.get_submodule(name)
+    for key, approximation in (("quantized", lora.base.dequantize()), ("als", lora.merged_weight())):
+        assert row[key] == pytest.approx((((W - approximation) @ X).norm() / (W @ X).norm()).item(), rel=1e-4)
+
+
+def test_a_vision_transformer_and_a_plain_module_work_too():
+    torch.manual_seed(0)
+    vit = T.ViTForImageClassification(
+        T.ViTConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=16,
+                    patch_size=4)
+    )  # fmt: skip
+    rows = apply_quailora(vit, [{"pixel_values": torch.randn(4, 3, 16, 16)}], rank=8)
+    assert len(rows) == 12 and type(vit.classifier) is nn.Linear
+    vit(torch.randn(2, 3, 16, 16)).logits.sum().backward()
+
+    shared = nn.Linear(16, 16)
+    plain = nn.Sequential(shared, nn.ReLU(), nn.ModuleDict({"again": shared})["again"], nn.Linear(16, 9), nn.Linear(9, 3))
+    assert [row["name"] for row in apply_quailora(plain, [torch.randn(50, 16)], rank=3, skip=["4"])] == ["0", "3"]
+    assert plain[0] is plain[2] and isinstance(plain[2], LoRALinear) and type(plain[4]) is nn.Linear
+
+
+def test_tied_weights_are_left_alone():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.middle, self.out = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20, bias=False)
+            self.out.weight = self.embedding.weight
+
+        def forward(self, ids):
+            return self.out(self.middle(self.embedding(ids)))
+
+    model = Tied()
+    assert [row["name"] for row in apply_quailora(model, [torch.arange(20)], rank=2)] == ["middle"]
+    assert model.out.weight is model.embedding.weight
+
+
+def test_hooks_are_removed_and_the_mode_restored_even_on_an_exception():
+    model = tiny("opt").train()
+    with pytest.raises(ZeroDivisionError):
+        input_correlations(model, (1 / 0 for _ in range(1)))
+    with pytest.raises(ValueError, match="read nothing in calibration"):
+        input_correlations(model, [])
+    assert model.training and not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_layers_that_share_their_input_only_at_times_are_refused_rather_than_given_a_wrong_h():
+    class Sometimes(nn.Module):
+        def __init__(self, twice):
+            super().__init__()
+            self.first, self.second, self.twice = nn.Linear(4, 4), nn.Linear(4, 4), twice
+
+        def forward(self, x):
+            y = self.first(x) + self.second(x)
+            return self.first(y) if self.twice else self.second(y)
+
+    for twice in (False, True):
+        with pytest.raises(RuntimeError, match="reads the same tensor as first"):
+            input_correlations(Sometimes(twice), [torch.randn(3, 4)])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"rank": 33}, r"rank 33 is not within 1 .. min\(out, in\) = 32 of model.decoder.layers.0.self_attn.k_proj"),
+        ({"rank": 0}, "rank 0"),
+        ({"alpha": 0}, "alpha must be positive, got 0"),
+        ({"bits": 3}, "bits must be 4 or 8, got 3"),
+        ({"init": "pissa"}, "init must be one of quailora, exact, svd, qlora, got 'pissa'"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work_with_the_model_as_it_was(options, message):
+    model = tiny("opt")
+    before = list(model.modules())
+    with pytest.raises(ValueError, match=message):
+        apply_quailora(model, (pytest.fail("calibrated") for _ in range(1)), **{"rank": 8, **options})
+    assert list(model.modules()) == before and all(p.requires_grad for p in model.parameters())
+
+
+def test_weights_and_activations_that_are_not_finite_are_refused_by_name():
+    model = tiny("opt")
+    model.get_submodule("model.decoder.layers.1.fc1").weight.data[3, :2] = math.nan
+    with pytest.raises(ValueError, match="2 of 2048 weights of model.decoder.layers.1.fc1 are NaN or inf"):
+        apply_quailora(model, token_batches(), rank=8)
+    with pytest.raises(ValueError, match="model.decoder.layers.1.fc2 read NaN or inf in calibration"):
+        input_correlations(model, token_batches())
+    with pytest.raises(ValueError, match="init 'quailora' needs calibration data"):
+        apply_quailora(tiny("opt"), None, rank=8)
+    with pytest.raises(ValueError, match="ReLU has no linear layers"):
+        apply_quailora(nn.ReLU(), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_train(*args, **kwargs):
+    command = [sys.executable, str(Path(__file__).with_name("train.py")), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def opt_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny") / "opt"
+    tiny("opt").save_pretrained(folder)
+    T.ByT5Tokenizer().save_pretrained(folder)
+    return folder
+
+
+TINY_RUN = "--sequence-length 32 --calibration 8 --validation 4 --steps 3 --eval-every 2 --rank 8 --lr 1e-3".split()
+
+
+def test_train_runs_from_end_to_end_and_repeats_exactly(opt_folder, tmp_path):
+    curves = []
+    for out in (tmp_path / "a", tmp_path / "b"):
+        process = run_train("--model", opt_folder, "--out", out, *TINY_RUN)
+        assert process.returncode == 0, process.stderr
+        result = json.loads((out / "results.json").read_text())["runs"][0]
+        curves.append(result["perplexity"])
+    assert curves[0] == curves[1]
+    assert [step for step, _ in curves[0]] == [0, 2, 3] and curves[0][-1][1] < curves[0][0][1]
+    assert result["init"] == "quailora" and result["bits"] == 4 and result["rank"] == 8 and result["seed"] == 0
+    assert len(result["layers"]) == 12 and all(row["als"] < row["quantized"] for row in result["layers"])
+    assert result["full_precision_perplexity"] > 1 and result["quantized_perplexity"] > 1 and result["peak_memory_mb"] > 100
+    assert set(result["seconds"]) == {"load", "evaluate", "calibrate", "initialize", "train", "total"}
+    assert "| fine-tuned, 3 steps |" in process.stdout
+    assert (tmp_path / "a/adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "txt"])
+def test_data_of_every_kind_becomes_texts(tmp_path, suffix):
+    records = [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Hi", "input": "", "output": "Ho"}]
+    text = {"json": json.dumps(records), "jsonl": "\n".join(map(json.dumps, records)) + "\n", "txt": "ä b"}[suffix]
+    (tmp_path / f"data.{suffix}").write_text(text, "utf-8")
+    texts = train.load_texts(str(tmp_path / f"data.{suffix}"))
+    alpaca = ["### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3", "### Instruction:\nHi\n\n### Response:\nHo"]
+    assert texts == (["ä b"] if suffix == "txt" else alpaca)
+
+
+def test_records_without_text_are_refused_by_their_keys():
+    with pytest.raises(ValueError, match="a record needs `text`, or `instruction` and `output`, and has 'a', 'b'"):
+        train.record_text({"a": 1, "b": 2})
+
+
+def test_too_little_data_is_one_line_with_the_numbers_and_exit_code_2(opt_folder, tmp_path):
+    (tmp_path / "short.txt").write_text("too short " * 20)
+    process = run_train("--model", opt_folder, "--data", tmp_path / "short.txt", "--out", tmp_path / "out", *TINY_RUN)
+    assert process.returncode == 2
+    assert "gives 6 sequences of 32 tokens, too few for 8 to calibrate, 4 to validate" in process.stderr.splitlines()[-1]
+
+
+def test_help_starts_without_the_heavy_imports():
+    code = "import sys, train\ntry: train.parse_args(['--help'])\nexcept SystemExit: sys.exit('torch' in sys.modules)"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=Path(__file__).parent)
+    assert process.returncode == 0 and b"--preset" in process.stdout
+
+
+@pytest.mark.network
+def test_quailora_closes_most_of_the_gap_on_smollm2_before_a_single_step(tmp_path):
+    sizes = "--sequence-length 128 --calibration 32 --validation 16 --steps 0".split()
+    process = run_train("--out", tmp_path / "out", *sizes)
+    assert process.returncode == 0, process.stderr
+    result = json.loads((tmp_path / "out/results.json").read_text())["runs"][0]
+    full, quantized, start = result["full_precision_perplexity"], result["quantized_perplexity"], result["perplexity"][0][1]
+    assert full < start < quantized and (quantized - start) / (quantized - full) > 0.5
