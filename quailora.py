@@ -33,6 +33,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -351,6 +352,10 @@ def _check_options(alpha: float, init: str, steps: int) -> None:
         raise ValueError(f"steps must not be negative, got {steps}")
 
 
+def _scaling(alpha: float, rank: int, rslora: bool) -> float:
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
 def _weight(linear: nn.Module) -> Tensor:
     """The weight as (out, in): GPT-2's Conv1D holds it transposed."""
     return linear.weight.detach().T if type(linear).__name__ == "Conv1D" else linear.weight.detach()
@@ -363,9 +368,12 @@ class LoRALinear(nn.Module):
     float64); `bias`, (out,) or None, is kept and frozen; `scaling` is alpha / rank, or alpha / sqrt(rank) with rsLoRA.
     """
 
-    def __init__(self, base: QuantizedWeight, lora_A: Tensor, lora_B: Tensor, scaling: float, bias: Tensor | None = None):
+    init, errors, kind = None, None, nn.Linear  # set by from_linear; kind: the class of the layer that was replaced
+
+    def __init__(self, base: QuantizedWeight, lora_A: Tensor, lora_B: Tensor, alpha: float, rslora: bool = False, bias=None):
         super().__init__()
-        (self.out_features, self.in_features), self.rank, self.scaling = base.shape, len(lora_A), scaling
+        (self.out_features, self.in_features), self.rank = base.shape, len(lora_A)
+        self.alpha, self.rslora, self.scaling = alpha, rslora, _scaling(alpha, self.rank, rslora)
         self.base, self.lora_A, self.lora_B = base, nn.Parameter(lora_A), nn.Parameter(lora_B)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
@@ -391,16 +399,16 @@ class LoRALinear(nn.Module):
         if init == "quailora":
             U, history = problem.als(steps)
             errors["svd"], errors["als"] = history[0], min(history)
-        scaling = alpha / (math.sqrt(rank) if rslora else rank)
         if init == "qlora":  # as peft draws it
             lora_A, lora_B = W.new_empty(rank, W.shape[1]), W.new_zeros(W.shape[0], rank)
             nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
         else:
             A, B = svd_init(E, rank) if init == "svd" else problem.factors(U)
-            lora_A, lora_B = split_product(A, B, scaling)
+            lora_A, lora_B = split_product(A, B, _scaling(alpha, rank, rslora))
             if init == "svd":
                 errors["svd"] = calibrated_error(E, A, B, H)
-        layer = cls(base, lora_A, lora_B, scaling, linear.bias).train(linear.training)
+        layer = cls(base, lora_A, lora_B, alpha, rslora, linear.bias).train(linear.training)
+        layer.init, layer.kind = init, type(linear)
         norm = calibrated_error(W, W.new_zeros(W.shape[0], 1), W.new_zeros(W.shape[1], 1), H)
         layer.errors = {k: e and (math.sqrt(e / norm) if norm else 0.0) for k, e in errors.items()}
         return layer
@@ -446,6 +454,20 @@ def linear_layers(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Mo
         if (type(module) is nn.Linear or type(module).__name__ == "Conv1D")
         and (name and module in body and module is not head and id(module.weight) not in tied and name not in skip)
     }
+
+
+def checked_layers(model: nn.Module, rank: int, skip: Iterable[str] = ()) -> dict[str, nn.Module]:
+    """`linear_layers`, or ValueError if there are none, `rank` is too large for one, or a weight holds NaN or inf."""
+    layers = linear_layers(model, skip)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no linear layers to replace")
+    for name, layer in layers.items():
+        W = _weight(layer)
+        if not 1 <= rank <= min(W.shape):
+            raise ValueError(f"rank {rank} is not within 1 .. min(out, in) = {min(W.shape)} of {name}")
+        if not W.isfinite().all():
+            raise ValueError(f"{(~W.isfinite()).sum()} of {W.numel()} weights of {name} are NaN or inf")
+    return layers
 
 
 @torch.no_grad()
@@ -524,15 +546,7 @@ def apply_quailora(
     _check_options(alpha, init, steps)
     quantize(torch.zeros(1, 2), bits, **layout)  # raises for its options
     skip = [skip] if isinstance(skip, str) else list(skip)
-    layers = linear_layers(model, skip)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no linear layers to replace")
-    for name, layer in layers.items():
-        W = _weight(layer)
-        if not 1 <= rank <= min(W.shape):
-            raise ValueError(f"rank {rank} is not within 1 .. min(out, in) = {min(W.shape)} of {name}")
-        if not W.isfinite().all():
-            raise ValueError(f"{(~W.isfinite()).sum()} of {W.numel()} weights of {name} are NaN or inf")
+    layers = checked_layers(model, rank, skip)
     if H is None and batches is not None:
         H = input_correlations(model, batches, skip)
     elif H is None and init in ("quailora", "exact"):
@@ -550,33 +564,134 @@ def apply_quailora(
             linear, H.pop(name), rank, alpha, bits, steps, init, rslora, floor=floor, **layout
         )  # fmt: skip
         rows.append({"name": name, "shape": [lora.out_features, lora.in_features], "calibrated": calibrated, **lora.errors})
-        for parent in list(model.modules()):  # a module can be registered in several places
-            for key, child in parent._modules.items():
-                if child is linear:
-                    setattr(parent, key, lora)
+        _replace(model, linear, lora)
     return rows
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():  # a module can be registered in several places
+            if child is old:
+                setattr(parent, key, new)
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """Turn every LoRALinear back into the layer it replaced, with the weight Q + scaling lora_B lora_A, in place.
+
+    The result is a full-precision model again: `merge(model).save_pretrained(folder)`. Weights get the dtype that W had.
+    """
+    for lora in _lora_layers(model).values():
+        weight = lora.merged_weight().to(lora.base.dtype)
+        if lora.kind is nn.Linear:
+            linear = nn.Linear(lora.in_features, lora.out_features, bias=False, device="meta")
+        else:
+            linear, weight = lora.kind(lora.out_features, lora.in_features), weight.T.contiguous()
+        linear.weight, linear.bias = nn.Parameter(weight), lora.bias
+        _replace(model, lora, linear.train(lora.training))
+    return model
+
+
+def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
 # ------------------------------------------------------------------------------------------------ 5  The adapter on disk
 
 
-def save_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Write the adapter of `apply_quailora` to `folder` as a LoRA adapter of peft (this alone needs safetensors)."""
-    from safetensors.torch import save_file
-
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-    first = next(iter(layers.values()))
-    name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None)
-    tensors = {
-        f"base_model.model.{name}.{factor}.weight": getattr(layer, factor).detach().cpu().contiguous()
-        for name, layer in layers.items()
-        for factor in ("lora_A", "lora_B")
-    }
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name_or_path, "r": first.rank,
-        "lora_alpha": first.scaling * first.rank, "use_rslora": False, "target_modules": list(layers), "lora_dropout": 0.0,
-        "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
+def _base_record(model: nn.Module) -> dict:
+    """What an adapter fits on: the model, and how it was rounded. `check` is the mean magnitude of the first layer's Q."""
+    first = next(iter(_lora_layers(model).values()))
+    return {
+        "bits": first.base.bits, "block_size": first.base.block_size or 0,
+        "double_quant": first.base.nested_absmax is not None,
+        "check": first.base.dequantize(torch.float32).abs().mean().item(),
     }  # fmt: skip
+
+
+def _factors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if name.endswith((".lora_A", ".lora_B"))}
+
+
+def save_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Write the adapter of `apply_quailora` to `folder` as peft does: adapter_model.safetensors and adapter_config.json.
+
+    The metadata of the former record the base that it was made for. Each file is complete or is not there: it is written
+    under another name first. Raises ValueError if the model has no LoRALinear, OSError if the disk is full. Needs safetensors.
+    """
+    from safetensors.torch import save
+
+    layers = _lora_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no adapter to save")
+    first = next(iter(layers.values()))
+    factors = {f"base_model.model.{name}.weight": p.detach().cpu().contiguous() for name, p in _factors(model).items()}
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": first.rank, "lora_alpha": first.alpha, "use_rslora": first.rslora,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None), "lora_dropout": 0.0,
+        "target_modules": list(layers), "bias": "none", "fan_in_fan_out": first.kind is not nn.Linear,
+        "inference_mode": True, "init_lora_weights": True,
+    }  # fmt: skip
+    record = {**_base_record(model), "init": first.init, "model": config["base_model_name_or_path"]}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(tensors, Path(folder) / "adapter_model.safetensors")
-    (Path(folder) / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    for name, content in (
+        ("adapter_model.safetensors", save(factors, {"quailora": json.dumps(record)})),
+        ("adapter_config.json", json.dumps(config, indent=2).encode()),
+    ):
+        partial = Path(folder) / f".{name}.partial"
+        try:
+            with open(partial, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(Path(folder) / name)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise OSError(f"{Path(folder) / name} could not be written: {error.strerror}") from error
+
+
+@torch.no_grad()
+def load_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Load what `save_adapter` wrote into a model of `apply_quailora`, or into a full-precision one, which is quantized first.
+
+    Raises ValueError, naming the difference, if the base is not the one that the adapter was made for, and if a file is
+    damaged; FileNotFoundError if it is missing. Needs safetensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = Path(folder) / "adapter_config.json"
+    try:
+        config = json.loads(file.read_text())
+        file = Path(folder) / "adapter_model.safetensors"
+        with safe_open(file, "pt") as content:
+            record = json.loads(content.metadata()["quailora"])
+            factors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} is missing") from None
+    except (json.JSONDecodeError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{file} is damaged or was not written by save_adapter: {error!r}") from error
+    theirs = {key: record[key] for key in ("bits", "block_size", "double_quant", "check")}
+    if not _lora_layers(model):
+        layers = linear_layers(model)
+        if missing := [name for name in config["target_modules"] if name not in layers]:
+            raise ValueError(f"the adapter has a layer {missing[0]}, which {type(model).__name__} has not")
+        layout = {} if theirs["bits"] == 8 else {"block_size": theirs["block_size"], "double_quant": theirs["double_quant"]}
+        apply_quailora(
+            model, None, config["r"], config["lora_alpha"], theirs["bits"], init="qlora", rslora=config["use_rslora"],
+            skip=set(layers) - set(config["target_modules"]), floor=False, **layout,
+        )  # fmt: skip
+    ours = _base_record(model)
+    for key in theirs:
+        if not math.isclose(ours[key], theirs[key], rel_tol=1e-4):
+            what = "weights of another model (mean magnitude of the first layer's)" if key == "check" else key
+            raise ValueError(f"the adapter was made for another base: {what} {theirs[key]}, and here {ours[key]}")
+    factors = {key.removeprefix("base_model.model.").removesuffix(".weight"): factor for key, factor in factors.items()}
+    parameters = _factors(model)
+    for name in sorted(factors.keys() | parameters.keys()):
+        found, expected = (tuple(f[name].shape) if name in f else "missing" for f in (factors, parameters))
+        if found != expected:
+            raise ValueError(f"{name} is {found} in the adapter and {expected} in the model")
+    model.load_state_dict(factors, strict=False)
+    for layer in _lora_layers(model).values():
+        layer.alpha, layer.rslora, layer.init = config["lora_alpha"], config["use_rslora"], record["init"]
+        layer.scaling = _scaling(layer.alpha, layer.rank, layer.rslora)

