@@ -249,7 +249,7 @@ class _Problem:
         """
         A, best, most, errors = self.start(), None, -math.inf, []
         for step in range(steps + 1):
-            Y = self.G @ A  # E H B, with B = E^T A from (6)
+            Y = self.G @ A  # (6) B^T = (A^T A)^-1 A^T E = A^T E, so that Y = E H B
             captured = float((A * Y).sum())  # tr A^T G A
             errors.append(self.error(captured))
             if captured > most:  # only rounding can make a later iterate the worse one
@@ -259,7 +259,7 @@ class _Problem:
                     lam, V = torch.linalg.eigh(A.T @ Y)  # B^T H B, (r, r)
                     keep = lam > lam.amax().clamp(min=0) * self.rank * torch.finfo(lam.dtype).eps
                     errors.append(self.error(float(((Y @ V[:, keep]).square().sum(0) / lam[keep]).sum())))
-                A = _orthonormal(Y)
+                A = _orthonormal(Y)  # (5) A = E H B (B^T H B)^-1, in another basis
         return best, errors
 
     def exact(self) -> tuple[Tensor, float]:
@@ -556,14 +556,13 @@ def apply_quailora(
         n = _weight(layer).shape[1]
         if name not in H or (H[name] is not None and H[name].shape != (n, n)):
             raise ValueError(f"H of {name} must be ({n}, {n}), got {tuple(H[name].shape) if name in H else 'nothing'}")
-    calibrated, rows = H[name] is not None, []
+    rows = []
     model.requires_grad_(False)
     for name in progress(list(layers)):
-        linear = layers.pop(name)
-        lora = LoRALinear.from_linear(
-            linear, H.pop(name), rank, alpha, bits, steps, init, rslora, floor=floor, **layout
-        )  # fmt: skip
-        rows.append({"name": name, "shape": [lora.out_features, lora.in_features], "calibrated": calibrated, **lora.errors})
+        linear, H_layer = layers.pop(name), H.pop(name)
+        lora = LoRALinear.from_linear(linear, H_layer, rank, alpha, bits, steps, init, rslora, floor=floor, **layout)
+        row = {"name": name, "shape": [lora.out_features, lora.in_features], "calibrated": H_layer is not None}
+        rows.append({**row, **lora.errors})
         _replace(model, linear, lora)
     return rows
 

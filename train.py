@@ -330,7 +330,7 @@ def run(args: argparse.Namespace) -> dict:
             per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=args.batch_size,
             gradient_accumulation_steps=args.accumulation, eval_strategy="steps", eval_steps=args.eval_every,
             logging_steps=args.eval_every, save_strategy="steps", save_steps=args.eval_every, save_total_limit=2,
-            prediction_loss_only=True, bf16=torch.cuda.is_available(),
+            prediction_loss_only=True, bf16=torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
         set_seed(args.seed)
         model, tokenizer = load_model(args.model)
