@@ -34,7 +34,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -93,6 +93,19 @@ def _round_blocks(x: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, T
     return torch.bucketize(scaled.view(-1)[: len(x)], midpoints, out_int32=True).to(torch.uint8), absmax
 
 
+class _FrozenProduct(torch.autograd.Function):
+    """x Q^T for a frozen Q. Keeps the codes for backward and unrounds them again there, where F.linear would keep Q."""
+
+    @staticmethod
+    def forward(ctx, x, base):
+        ctx.base = base
+        return F.linear(x, base.dequantize(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ ctx.base.dequantize(grad.dtype), None
+
+
 class QuantizedWeight(nn.Module):
     """A weight rounded to 4 bits (NF4, two codes a byte, the first in the high half) or 8 bits (int8, a scale a row).
 
@@ -112,6 +125,24 @@ class QuantizedWeight(nn.Module):
         """Follow moves to a device, but not casts: model.half() would round the scales."""
         return super()._apply(lambda buffer: buffer.to(fn(buffer.new_empty(0)).device), recurse)
 
+    def _state(self, dtype: torch.dtype, shape: tuple[int, int]):
+        """The buffers as bitsandbytes takes them for a result in `dtype`, or None where it has no kernel for them."""
+        known = self.bits == 4 and self.block_size in BITSANDBYTES_BLOCK_SIZES and self.shape.numel() % 2 == 0
+        if not (bitsandbytes and known) or dtype == torch.float64:
+            return None
+        QuantState, nested = bitsandbytes.functional.QuantState, None
+        if self.nested_absmax is not None:
+            levels = _tables(self.codes.device)[1]
+            nested = QuantState(self.nested_absmax, code=levels, blocksize=256, dtype=torch.float32)
+        return QuantState(self.absmax, shape, None, self.block_size, "nf4", dtype, self.offset, nested)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x Q^T, (..., in) -> (..., out), in the dtype of x. What it keeps for backward is the codes."""
+        state = self._state(x.dtype, self.shape)
+        if state is None or self.shape[1] % self.block_size:  # their AVX-512 kernel mistakes the scales of a block in two rows
+            return _FrozenProduct.apply(x, self)
+        return bitsandbytes.matmul_4bit(x, self.codes, state)
+
     def scales(self) -> Tensor:
         """float32 (blocks,), or (out,) for 8 bits."""
         if self.nested_absmax is None:
@@ -124,11 +155,8 @@ class QuantizedWeight(nn.Module):
         dtype = dtype or self.dtype
         if self.bits == 8:
             return (self.codes * self.scales()[:, None] * (1 / 127)).to(dtype)
-        if bitsandbytes and self.block_size in BITSANDBYTES_BLOCK_SIZES and dtype != torch.float64:
-            state = bitsandbytes.functional.QuantState(
-                self.scales(), self.shape, blocksize=self.block_size, quant_type="nf4", dtype=dtype
-            )
-            return bitsandbytes.functional.dequantize_4bit(self.codes, state).view(self.shape)  # (1, 2) comes back as (2, 1)
+        if (state := self._state(dtype, (1, self.shape.numel()))) is not None:  # one row, see `forward`
+            return bitsandbytes.functional.dequantize_4bit(self.codes, state).reshape(self.shape)
         codes = torch.stack([self.codes >> 4, self.codes & 15], -1).view(-1)[: self.shape.numel()]
         values = F.pad(_tables(codes.device)[0][codes.int()], (0, -len(codes) % self.block_size))
         Q = values.view(-1, self.block_size) * self.scales()[:, None]
@@ -226,9 +254,10 @@ class _Problem:
     def factors(self, A: Tensor) -> tuple[Tensor, Tensor]:
         """A (out, r) and B (in, r) from an orthonormal A (k, r), in the SVD-balanced form A = U sqrt(S), B = V sqrt(S)."""
         B = self.R.T @ A  # (6)
-        V, sigma, Ut = torch.linalg.svd(B, full_matrices=False)  # A B^T = (A U) S V^T
-        A, B = (A if self.P is None else self.P @ A) @ (Ut.T * sigma.sqrt()), V * sigma.sqrt()
-        return A.to(self.dtype), B.to(self.dtype)
+        U = torch.linalg.svd(B, full_matrices=False).Vh.T  # A B^T = (A U) (B U)^T, and B U = V S
+        A, B = (A if self.P is None else self.P @ A) @ U, B @ U  # not V S: a row of B is as exact as its column of E
+        root = B.norm(dim=0).sqrt()
+        return (A * root).to(self.dtype), (B / root.where(root > 0, 1)).to(self.dtype)
 
     def start(self) -> Tensor:
         """U_r of (3), (k, r): exact for k <= 256, else from a random sketch of E and two power iterations."""
@@ -330,19 +359,6 @@ def split_product(A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]
     return (V.T * size).to(A.dtype).contiguous(), (A.double() @ R.T / (size * scaling)).to(A.dtype)
 
 
-class _FrozenProduct(torch.autograd.Function):
-    """x Q^T for a frozen Q. Keeps the codes for backward and unrounds them again there, where F.linear would keep Q."""
-
-    @staticmethod
-    def forward(ctx, x, base):
-        ctx.base = base
-        return F.linear(x, base.dequantize(x.dtype))
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad @ ctx.base.dequantize(grad.dtype), None
-
-
 def _check_options(alpha: float, init: str, steps: int) -> None:
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
@@ -418,7 +434,7 @@ class LoRALinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A) * self.scaling, self.lora_B)
-        out = _FrozenProduct.apply(x, self.base) + update.to(x.dtype)
+        out = self.base(x) + update.to(x.dtype)
         return out if self.bias is None else out + self.bias.to(x.dtype)
 
     @torch.no_grad()
@@ -476,11 +492,34 @@ def input_correlations(model: nn.Module, batches: Iterable, skip: Iterable[str] 
 
     A batch is what the model takes: a mapping of keyword arguments (`labels` are dropped), a tuple, or one tensor. Positions
     where a 2-D `attention_mask` is 0 do not count. Layers that read the same tensor share one H object. The model runs in
-    eval mode and without its head. All H are held at once, on the model's device. Raises ValueError if a layer reads nothing,
-    NaN or inf, RuntimeError if two layers read the same tensor in some calls and not in others.
+    eval mode and without its head. All H are held at once, on the model's device. In a torch.distributed process group each
+    process gives batches of its own, and all get the sum. Raises ValueError if a layer reads nothing, NaN or inf,
+    RuntimeError if two layers read the same tensor in some calls and not in others.
     """
-    body, device, layers = getattr(model, "base_model", model), next(model.parameters()).device, linear_layers(model, skip)
-    H, source, calls, keep = {}, {}, dict.fromkeys(layers, 0), None  # source: layer -> first layer that reads the same tensor
+    return next(correlation_passes(model, batches, skip))
+
+
+def correlation_passes(
+    model: nn.Module, batches: Iterable, skip: Iterable[str] = (), memory: float = math.inf
+) -> Iterator[dict[str, Tensor]]:
+    """What `input_correlations` gives, in parts whose H take at most `memory` bytes, each from a pass over `batches`.
+
+    A layer whose H does not fit in what is left is put off to the next pass, so the model must stay as it is until the last
+    one. Raises ValueError also if one H alone is larger than `memory`, or `batches` can be passed over only once.
+    """
+    layers = linear_layers(model, skip)
+    while layers:
+        if (H := _one_pass(model, batches, layers, memory)).keys() != layers.keys() and iter(batches) is batches:
+            raise ValueError(f"{memory:.0f} bytes hold the H of {len(H)} of {len(layers)} layers: batches must be a list")
+        layers = {name: layer for name, layer in layers.items() if name not in H}
+        yield H
+
+
+@torch.no_grad()
+def _one_pass(model: nn.Module, batches: Iterable, layers: dict[str, nn.Module], memory: float) -> dict[str, Tensor]:
+    """H of as many of the `layers` as fit in `memory`, in the order in which they are called."""
+    body, device, keep = getattr(model, "base_model", model), next(model.parameters()).device, None
+    H, source, calls, put_off = {}, {}, dict.fromkeys(layers, 0), set()  # source: layer -> first reader of the same tensor
     first_reader = WeakIdKeyDictionary()  # tensor -> (layer, version of the tensor when it was read)
 
     def read(name: str, x: Tensor):
@@ -491,12 +530,21 @@ def input_correlations(model: nn.Module, batches: Iterable, skip: Iterable[str] 
         calls[name] += 1
         if source.setdefault(name, reader) != reader:
             raise RuntimeError(f"{name} reads the same tensor as {source[name]} in one call, as {reader} in another")
-        if reader == name:
-            x = x.reshape(-1, x.shape[-1])  # (tokens, in)
-            x = x if keep is None or len(keep) != len(x) else x[keep]
-            x = x.to(_at_least_float32(x))
-            with torch.autocast(x.device.type, enabled=False):
-                H[name] = H[name].addmm_(x.T, x) if name in H else x.T @ x
+        if reader != name or name in put_off:
+            return
+        x = x.reshape(-1, x.shape[-1])  # (tokens, in)
+        x = x if keep is None or len(keep) != len(x) else x[keep]
+        x = x.to(_at_least_float32(x))
+        if name not in H:
+            need = x.shape[1] ** 2 * x.element_size()
+            if sum(M.nbytes for M in H.values()) + need > memory:
+                if not H:
+                    raise ValueError(f"the H of {name} takes {need} bytes, more than the {memory:.0f} allowed")
+                put_off.add(name)
+                return
+            H[name] = x.new_zeros(x.shape[1], x.shape[1])
+        with torch.autocast(x.device.type, enabled=False):
+            H[name].addmm_(x.T, x)
 
     with contextlib.ExitStack() as stack:
         for module in model.modules():
@@ -519,21 +567,25 @@ def input_correlations(model: nn.Module, batches: Iterable, skip: Iterable[str] 
             raise ValueError(f"{name} read nothing in calibration: is there a batch, and does the model use this layer?")
         if calls[name] != calls[source[name]]:
             raise RuntimeError(f"{name} reads the same tensor as {source[name]}, but not as often")
-        if not H[source[name]].isfinite().all():
-            raise ValueError(f"{name} read NaN or inf in calibration")
-    return {name: H[source[name]] for name in layers}
+    for name in H:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(H[name])
+        if not H[name].isfinite().all():
+            raise ValueError(f"{name} read NaN or inf in calibration, or values beyond the root of {H[name].dtype}'s largest")
+    return {name: H[source[name]] for name in layers if source[name] in H}
 
 
 @torch.no_grad()
 def apply_quailora(
     model: nn.Module, batches: Iterable | None, rank: int = 64, alpha: float = 16, bits: int = 4, steps: int = 20,
     init: str = "quailora", rslora: bool = False, skip: Iterable[str] = (), H: dict[str, Tensor] | None = None,
-    floor: bool = True, progress: Callable = list, **layout,
+    memory: float = math.inf, floor: bool = True, progress: Callable = list, **layout,
 ) -> list[dict]:  # fmt: skip
     """Replace every layer of `linear_layers(model, skip)` by a LoRALinear, in place, and freeze everything but the adapters.
 
     batches: calibration data for `input_correlations`, or None where `H` holds what that function returned or `init` needs
-    no data. init: "quailora" (the paper), "exact" (the optimum of (1)), "svd" (that of (2)), "qlora" (the baseline: lora_A
+    no data. memory: bytes that all H together may take, see `correlation_passes`. init: "quailora" (the paper), "exact" (the
+    optimum of (1)), "svd" (that of (2)), "qlora" (the baseline: lora_A
     Kaiming-uniform, lora_B zero). The product starts the same for any alpha, see LoRALinear. layout: block_size and
     double_quant, see `quantize`. floor=False spares its eigenvalues, which take longer than ALS on layers beyond about
     2,000. progress wraps the list of names: tqdm, say.
@@ -547,24 +599,33 @@ def apply_quailora(
     quantize(torch.zeros(1, 2), bits, **layout)  # raises for its options
     skip = [skip] if isinstance(skip, str) else list(skip)
     layers = checked_layers(model, rank, skip)
-    if H is None and batches is not None:
-        H = input_correlations(model, batches, skip)
-    elif H is None and init in ("quailora", "exact"):
+    if H is not None:
+        passes = [dict(H)]
+        for name, layer in layers.items():
+            n = _weight(layer).shape[1]
+            if name not in H or H[name].shape != (n, n):
+                raise ValueError(f"H of {name} must be ({n}, {n}), got {tuple(H[name].shape) if name in H else 'nothing'}")
+    elif batches is not None:
+        passes = correlation_passes(model, batches, skip, memory)
+    elif init in ("quailora", "exact"):
         raise ValueError(f"init {init!r} needs calibration data: batches or H")
-    H = dict(H) if H is not None else dict.fromkeys(layers)
-    for name, layer in layers.items():
-        n = _weight(layer).shape[1]
-        if name not in H or (H[name] is not None and H[name].shape != (n, n)):
-            raise ValueError(f"H of {name} must be ({n}, {n}), got {tuple(H[name].shape) if name in H else 'nothing'}")
-    rows = []
-    model.requires_grad_(False)
-    for name in progress(list(layers)):
-        linear, H_layer = layers.pop(name), H.pop(name)
-        lora = LoRALinear.from_linear(linear, H_layer, rank, alpha, bits, steps, init, rslora, floor=floor, **layout)
-        row = {"name": name, "shape": [lora.out_features, lora.in_features], "calibrated": H_layer is not None}
-        rows.append({**row, **lora.errors})
-        _replace(model, linear, lora)
-    return rows
+    else:
+        passes = [dict.fromkeys(layers)]
+    order, rows, waiting = list(layers), {}, {}
+    for H in passes:
+        names = [name for name in layers if name in H]
+        last = len(rows) + len(names) == len(order)  # until then, calibration needs the full-precision model
+        if last:
+            model.requires_grad_(False)
+        for name in progress(names):
+            H_layer = H.pop(name)
+            lora = LoRALinear.from_linear(layers[name], H_layer, rank, alpha, bits, steps, init, rslora, floor=floor, **layout)
+            row = {"name": name, "shape": [lora.out_features, lora.in_features], "calibrated": H_layer is not None}
+            rows[name], waiting[name] = {**row, **lora.errors}, lora
+            while last and waiting:
+                done, lora = waiting.popitem()
+                _replace(model, layers.pop(done), lora)
+    return [rows[name] for name in order]
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -49,6 +49,12 @@ def without_bitsandbytes(call):
         return call()
 
 
+def bitsandbytes_dequantize(codes, state):
+    """As one row: its AVX-512 kernel takes wrong scales where a block crosses rows, and gives (1, 2) back as (2, 1)."""
+    shape, state.shape = state.shape, (1, math.prod(state.shape))
+    return bitsandbytes.functional.dequantize_4bit(codes, state).reshape(shape)
+
+
 @st.composite
 def weights(draw):
     """A weight of any float dtype and shape, some of its blocks zero, some rows scaled up or down by orders of magnitude."""
@@ -69,7 +75,7 @@ def test_nf4_equals_bitsandbytes_bit_for_bit(W, block_size):
     codes, state = bitsandbytes.functional.quantize_4bit(low, blocksize=block_size, quant_type="nf4")
     assert torch.equal(ours.codes, codes) and torch.equal(ours.absmax, state.absmax)
     Q = without_bitsandbytes(ours.dequantize)
-    theirs = bitsandbytes.functional.dequantize_4bit(codes, state).view(W.shape)  # bitsandbytes gives (1, 2) back as (2, 1)
+    theirs = bitsandbytes_dequantize(codes, state)
     assert Q.dtype == W.dtype and torch.equal(Q.to(low.dtype), theirs)
     assert torch.equal(ours.dequantize(), Q), "the bitsandbytes path on the same buffers"
 
@@ -105,7 +111,7 @@ def test_double_quantized_scales_differ_from_bitsandbytes_on_the_cpu_in_less_tha
 def test_the_bitsandbytes_path_gives_the_base_of_a_qlora_user(W):
     low = W if W.dtype != torch.float64 else W.float()
     codes, state = bitsandbytes.functional.quantize_4bit(low, blocksize=64, quant_type="nf4", compress_statistics=True)
-    theirs = bitsandbytes.functional.dequantize_4bit(codes, state).view(W.shape)
+    theirs = bitsandbytes_dequantize(codes, state)
     ours = quantize(W)
     assert torch.equal(ours.codes, codes) and torch.equal(ours.dequantize().to(low.dtype), theirs)
     assert torch.equal(without_bitsandbytes(ours.dequantize).to(low.dtype), theirs), "the torch path on the same buffers"
@@ -323,8 +329,8 @@ def test_inputs_are_unchanged_and_factors_finite_balanced_and_shaped(problem):
         assert A.shape == (E.shape[0], rank) and B.shape == (E.shape[1], rank) and A.dtype == B.dtype == torch.float64
         assert A.isfinite().all() and B.isfinite().all()
         size = max(1e-300, A.square().sum().item())
-        assert torch.allclose(A.T @ A, B.T @ B, atol=1e-9 * size)
-        assert torch.allclose(A.T @ A, (A.T @ A).diagonal().diag(), atol=1e-9 * size)
+        for M in (A, B):  # 1e-7: where E has not the rank, the root of what rounding leaves
+            assert torch.allclose(M.T @ M, (A.T @ A).diagonal().diag(), atol=1e-7 * size)
 
 
 @given(problems())
@@ -378,6 +384,49 @@ def test_the_products_of_large_and_of_small_matrices_stay_in_range(e, h):
     A, B = als_init(e * E, h * H, 4)
     assert torch.allclose(A @ B.T / e, expected[0] @ expected[1].T, atol=1e-4)
     assert calibrated_error(e * E, A, B, h * H) == pytest.approx(e**2 * h * calibrated_error(E, *expected, H), rel=1e-4)
+
+
+@st.composite
+def adversarial_problems(draw):
+    """E (out, in) and X (in, s) in float32: entries from 1e-30 to 1e30 (those of X X^T too), any rank, duplicated and zero
+    columns of E and features of X, one huge outlier."""
+    out, n = draw(st.integers(1, 12)), draw(st.integers(1, 12))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+
+    def matrix(rows, columns, largest):
+        rank = draw(st.integers(0, min(rows, columns)))
+        M = normal(rows, rank) @ normal(rank, columns) if rank < min(rows, columns) else normal(rows, columns)
+        spread = draw(st.sampled_from([0, 1, largest]))
+        exponents = draw(st.floats(-largest, largest)) + spread * (2 * torch.rand(columns, generator=generator) - 1)
+        M = M * 10 ** exponents.clamp(-largest, largest).double()
+        column = lambda: draw(st.integers(0, columns - 1))  # noqa: E731
+        change = draw(st.sampled_from(["", "duplicate", "opposite", "zero", "outlier"]))
+        if change in ("duplicate", "opposite"):
+            M[:, column()] = M[:, column()] * (1 if change == "duplicate" else -1)
+        elif change:
+            M[:, column()] *= 0 if change == "zero" else 10 ** draw(st.floats(1, largest))
+        return M.clamp(-(10.0**largest), 10.0**largest).float()
+
+    return matrix(out, n, 30), matrix(2 * n, n, 14).T, draw(st.integers(1, min(out, n)))
+
+
+@given(adversarial_problems())
+@settings(max_examples=2000)
+def test_factors_are_finite_and_never_worse_than_plain_quantization_in_float32(problem):
+    """Never worse: up to the rounding of H to float32, which is relative to the sum of || E_j || || x_j || over features j."""
+    E, X, rank = problem
+    H = (X.double() @ X.double().T).float()
+    error = lambda A, B: ((E.double() - A.double() @ B.double().T) @ X.double()).norm().item()  # noqa: E731
+    rounding = 1e-6 * (E.double().norm(dim=0) @ X.double().norm(dim=1)).item() ** 2
+    for A, B in (als_init(E, H, rank), exact_init(E, H, rank)):
+        assert A.dtype == B.dtype == torch.float32 and A.isfinite().all() and B.isfinite().all()
+        assert error(A, B) ** 2 <= error(*nothing(E)) ** 2 + rounding
+        for factor in quailora.split_product(A, B, scaling=0.25):
+            assert factor.isfinite().all()
+    A, B = svd_init(E, rank)
+    assert A.isfinite().all() and B.isfinite().all()
+    assert (E.double() - A.double() @ B.double().T).norm() <= E.double().norm() * (1 + 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -463,6 +512,9 @@ def test_qlora_starts_as_peft_draws_it():
 def test_a_dequantized_weight_is_never_kept_for_backward(bits, monkeypatch):
     linear, _ = make_linear(n=256, out=128, dtype=torch.float32)
     layer = LoRALinear.from_linear(linear, rank=4, bits=bits)
+    with_bitsandbytes, x = layer(torch.ones(3, 256)), torch.ones(3, 256)
+    monkeypatch.setattr(quailora, "bitsandbytes", None)
+    assert torch.allclose(layer(x), with_bitsandbytes, atol=1e-5)
     dequantized, dequantize = [], layer.base.dequantize
     monkeypatch.setattr(layer.base, "dequantize", lambda *a: dequantized.append(weakref.ref(Q := dequantize(*a))) or Q)
     y = layer(torch.randn(3, 256, requires_grad=True))
@@ -479,7 +531,7 @@ def test_a_dequantized_weight_is_never_kept_for_backward(bits, monkeypatch):
         return max(sizes)
 
     assert saved(lambda x: F.linear(x, layer.base.dequantize())) == 128 * 256, "what the layer must not do"
-    assert saved(layer) <= 4 * 256
+    assert saved(layer) <= 128 * 256 // 2, "with bitsandbytes the codes, without not even these"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -520,24 +572,24 @@ def test_repr_says_what_the_layer_is():
 
 T = transformers
 TEXT_MODELS = {
-    "opt": lambda: T.OPTForCausalLM(
-        T.OPTConfig(vocab_size=384, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
+    "opt": lambda d: T.OPTForCausalLM(
+        T.OPTConfig(vocab_size=384, hidden_size=d, word_embed_proj_dim=d, ffn_dim=2 * d, num_hidden_layers=2,
                     num_attention_heads=4, max_position_embeddings=64, pad_token_id=0)),
-    "llama": lambda: T.LlamaForCausalLM(
-        T.LlamaConfig(vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    "llama": lambda d: T.LlamaForCausalLM(
+        T.LlamaConfig(vocab_size=384, hidden_size=d, intermediate_size=2 * d, num_hidden_layers=2, num_attention_heads=4,
                       num_key_value_heads=2)),
-    "bloom": lambda: T.BloomForCausalLM(T.BloomConfig(vocab_size=384, hidden_size=32, n_layer=2, n_head=4)),
-    "neox": lambda: T.GPTNeoXForCausalLM(
-        T.GPTNeoXConfig(vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)),
-    "gpt2": lambda: T.GPT2LMHeadModel(T.GPT2Config(vocab_size=384, n_embd=32, n_layer=2, n_head=4, n_positions=64)),
+    "bloom": lambda d: T.BloomForCausalLM(T.BloomConfig(vocab_size=384, hidden_size=d, n_layer=2, n_head=4)),
+    "neox": lambda d: T.GPTNeoXForCausalLM(
+        T.GPTNeoXConfig(vocab_size=384, hidden_size=d, intermediate_size=2 * d, num_hidden_layers=2, num_attention_heads=4)),
+    "gpt2": lambda d: T.GPT2LMHeadModel(T.GPT2Config(vocab_size=384, n_embd=d, n_layer=2, n_head=4, n_positions=64)),
 }  # fmt: skip
 LAYERS_PER_BLOCK = {"opt": 6, "llama": 7, "bloom": 4, "neox": 4, "gpt2": 4}
 SHARED_PER_BLOCK = {"opt": [3], "llama": [3, 2], "bloom": [], "neox": [], "gpt2": []}  # sizes of the groups that share one H
 
 
-def tiny(family):
+def tiny(family, width=32):
     torch.manual_seed(0)
-    return TEXT_MODELS[family]().eval()
+    return TEXT_MODELS[family](width).eval()
 
 
 def token_batches(n=4, padded=True):
@@ -640,6 +692,32 @@ def test_options_reach_every_layer():
     model = tiny("opt")
     apply_quailora(model, None, 8, init="svd", block_size=128, double_quant=False)
     assert model.get_submodule(name).base.block_size == 128 and model.get_submodule(name).base.nested_absmax is None
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt2"])
+def test_passes_within_a_memory_bound_end_at_the_same_model_bit_for_bit(family):
+    batches, whole, bounded = token_batches(), tiny(family), tiny(family)
+    largest = max(matrix.nbytes for matrix in input_correlations(whole, batches).values())
+    expected = apply_quailora(whole, batches, rank=8)
+    passes = list(quailora.correlation_passes(bounded, batches, memory=2 * largest))
+    assert len(passes) > 1 and sum(map(len, passes)) == len(expected)
+    for H in passes:
+        assert sum({id(matrix): matrix.nbytes for matrix in H.values()}.values()) <= 2 * largest
+    assert apply_quailora(bounded, batches, rank=8, memory=2 * largest) == expected
+    state = bounded.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in whole.state_dict().items())
+    trained = [{name for name, p in model.named_parameters() if p.requires_grad} for model in (bounded, whole)]
+    assert trained[0] == trained[1]
+
+
+def test_a_memory_bound_that_cannot_be_kept_is_refused_with_the_model_as_it_was():
+    model, batches = tiny("opt"), token_batches()
+    before = list(model.modules())
+    with pytest.raises(ValueError, match=r"the H of model.decoder.layers.0.fc2 takes 16384 bytes, more than the 4096 allowed"):
+        apply_quailora(model, batches, rank=8, memory=4096)
+    with pytest.raises(ValueError, match="20480 bytes hold the H of 9 of 12 layers: batches must be a list"):
+        apply_quailora(model, iter(batches), rank=8, memory=20480)
+    assert list(model.modules()) == before and all(p.requires_grad for p in model.parameters())
 
 
 def test_a_vision_transformer_and_a_plain_module_work_too():
@@ -782,13 +860,17 @@ def test_weights_and_activations_that_are_not_finite_are_refused_by_name():
 def nf4_base(folder):
     """The base of a QLoRA user: loaded by transformers, rounded by bitsandbytes."""
     config = T.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    return T.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    model = T.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    for module in model.modules():  # else it computes in bfloat16 on a CPU that can, where nothing is trained
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("family", TEXT_MODELS)
 def test_peft_loads_the_adapter_onto_the_bitsandbytes_base_with_the_same_logits(family, rslora, tmp_path):
-    model, batches = tiny(family), token_batches()
+    model, batches = tiny(family, width=64), token_batches()  # in blocks of 64, or bitsandbytes may mistake the scales
     model.save_pretrained(tmp_path / "full")
     apply_quailora(model, batches, rank=8, alpha=3, rslora=rslora)
     quailora.save_adapter(model, tmp_path / "adapter")
