@@ -4,9 +4,11 @@
 Sections as in quailora.py, then train.py.
 """
 
+import contextlib
 import gc
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -1193,3 +1195,62 @@ def test_quailora_closes_most_of_the_gap_on_smollm2_before_a_single_step(tmp_pat
     result = json.loads((tmp_path / "out/results.json").read_text())["runs"][0]
     full, quantized, start = result["full_precision_perplexity"], result["quantized_perplexity"], result["perplexity"][0][1]
     assert full < start < quantized and (quantized - start) / (quantized - full) > 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# `python test_quailora.py`: a training step beside peft + bitsandbytes, as ratios; nothing here is a test
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def training_step(which):
+    """A step of AdamW on 4 x 128 tokens with SmolLM2-135M, rank 64 on every linear layer of a 4-bit base, as a function."""
+    if which == "peft + bitsandbytes":
+        model = nf4_base(train.smollm2())
+        model = peft.get_peft_model(model, peft.LoraConfig(r=64, lora_alpha=16, target_modules="all-linear"))
+    else:
+        quailora.bitsandbytes = bitsandbytes if which == "ours" else None
+        model = T.AutoModelForCausalLM.from_pretrained(train.smollm2(), dtype=torch.float32)
+        apply_quailora(model.train(), None, init="qlora", floor=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
+    ids = torch.randint(0, model.config.vocab_size, (4, 128), generator=torch.Generator().manual_seed(0))
+
+    def step():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(quailora, "bitsandbytes", None if which == "ours, torch alone" else bitsandbytes)
+            start = time.perf_counter()
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step(), optimizer.zero_grad()
+            return time.perf_counter() - start
+
+    return step
+
+
+def step_memory(which):
+    """Peak resident MB of two steps in a process of their own."""
+    step = training_step(which)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (Linux)
+    step(), step()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def benchmark(rounds=7):
+    kinds = ("peft + bitsandbytes", "ours", "ours, torch alone")
+    torch.set_num_threads(os.cpu_count())
+    steps = {which: training_step(which) for which in kinds}
+    seconds = {which: [] for which in kinds}
+    for _ in range(rounds + 1):  # the first is a warm-up
+        for which in kinds:
+            seconds[which].append(steps[which]())
+    median = {which: sorted(times[1:])[rounds // 2] for which, times in seconds.items()}
+    spawn = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as stack:
+        memory = {which: stack.enter_context(spawn.Pool(1)).apply(step_memory, (which,)) for which in kinds}
+    print("| a training step, 4 x 128 tokens | seconds | over peft + bitsandbytes | peak MB | over |\n|---|---|---|---|---|")
+    for which in kinds:
+        time_ratio, memory_ratio = median[which] / median[kinds[0]], memory[which] / memory[kinds[0]]
+        print(f"| {which} | {median[which]:.2f} | {time_ratio:.2f} | {memory[which]:,.0f} | {memory_ratio:.2f} |")
+
+
+if __name__ == "__main__":
+    benchmark()
