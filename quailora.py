@@ -782,3 +782,40 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     for layer in _lora_layers(model).values():
         layer.alpha, layer.rslora, layer.init = config["lora_alpha"], config["use_rslora"], record["init"]
         layer.scaling = _scaling(layer.alpha, layer.rank, layer.rslora)
+
+
+# ---------------------------------------------------------------------- `python quailora.py`: what a start costs by size
+
+
+def _peak_mb(call: Callable) -> tuple[float, object]:
+    """What `call` takes at its peak beyond what is held before (Linux), and what it returns."""
+    status = lambda key: int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0])  # noqa: E731
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
+    before = status("VmRSS")
+    result = call()
+    return (status("VmHWM") - before) / 1024, result
+
+
+def benchmark(shapes: Iterable[tuple[int, int]], rank: int = 64) -> None:
+    """A row for each shape (out, in), on inputs with a decaying spectrum and outlier features; H is given, on the CPU."""
+    print("| (out, in) | QuAILoRA: seconds | peak extra MB | LoftQ: seconds, 5 x one round | peak extra MB | seconds over |")
+    print("|---|---|---|---|---|---|")
+    for out, n in shapes:
+        generator = torch.Generator().manual_seed(0)
+        X = (
+            torch.randn(n, n, generator=generator)
+            * torch.linspace(0, -4, n).exp()[torch.randperm(n, generator=generator), None]
+        )
+        X[:3] *= 100
+        H, linear = X @ X.T, nn.Linear(n, out, bias=False)
+        del X
+        seconds, cells = [], [f"({out}, {n})"]
+        for init, given, rounds in (("quailora", H, 1), ("svd", None, 5)):
+            memory, layer = _peak_mb(lambda: LoRALinear.from_linear(linear, given, rank, init=init))  # noqa: B023
+            seconds.append(rounds * layer.report["seconds"])
+            cells += [f"{seconds[-1]:.1f}", f"{memory:,.0f}"]
+        print("| " + " | ".join([*cells, f"{seconds[1] / seconds[0]:.0f}"]) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    benchmark([(576, 1536), (1536, 576), (4096, 4096), (4096, 11008), (11008, 4096)])
