@@ -770,7 +770,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     ours = _base_record(model)
     for key in theirs:
         if not math.isclose(ours[key], theirs[key], rel_tol=1e-4):
-            what = "weights of another model (mean magnitude of the first layer's)" if key == "check" else key
+            what = f"weights of {record['model']} (mean magnitude of the first layer's)" if key == "check" else key
             raise ValueError(f"the adapter was made for another base: {what} {theirs[key]}, and here {ours[key]}")
     factors = {key.removeprefix("base_model.model.").removesuffix(".weight"): factor for key, factor in factors.items()}
     parameters = _factors(model)
