@@ -669,8 +669,7 @@ def figures(args: argparse.Namespace, runs: list[dict]) -> None:
             error = [row["initialized"] / row["quantized"] for row in rows[name]]
             axes.plot(floor, error, label=name, **styles[name] | dict(linestyle="", markersize=3, alpha=0.7))
     axes.plot([0, 1], [0, 1], color="gray", linewidth=0.8, label="the least possible")
-    what = "error of a layer's output, as a fraction of plain quantization's"
-    save(figure, axes, "layers.png", "the least possible " + what, what)
+    save(figure, axes, "layers.png", "least possible error of a layer / plain quantization's", "error / plain quantization's")
 
     if args.ranks:
         figure, axes = plt.subplots()
