@@ -594,7 +594,7 @@ def _one_pass(model: nn.Module, batches: Iterable, layers: dict[str, nn.Module],
             raise ValueError(f"{name} read nothing in calibration: is there a batch, and does the model use this layer?")
         if calls[name] != calls[source[name]]:
             raise RuntimeError(f"{name} reads the same tensor as {source[name]}, but not as often")
-    for name in H:
+    for name in (name for name in layers if name in H):  # in the same order in every process
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(H[name])
         if not H[name].isfinite().all():
@@ -748,15 +748,16 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     file = Path(folder) / "adapter_config.json"
     try:
         config = json.loads(file.read_text())
+        config = {key: config[key] for key in ("r", "lora_alpha", "use_rslora", "target_modules")}
         file = Path(folder) / "adapter_model.safetensors"
         with safe_open(file, "pt") as content:
-            record = json.loads(content.metadata()["quailora"])
+            record = json.loads((content.metadata() or {})["quailora"])
             factors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
+        theirs = {key: record[key] for key in ("bits", "block_size", "double_quant", "check")}
     except FileNotFoundError:
         raise FileNotFoundError(f"{file} is missing") from None
     except (json.JSONDecodeError, KeyError, SafetensorError) as error:
         raise ValueError(f"{file} is damaged or was not written by save_adapter: {error!r}") from error
-    theirs = {key: record[key] for key in ("bits", "block_size", "double_quant", "check")}
     if not _lora_layers(model):
         layers = linear_layers(model)
         if missing := [name for name in config["target_modules"] if name not in layers]:

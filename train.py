@@ -82,7 +82,9 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.set_defaults(**PAPER)
     parser.set_defaults(selection=0, select=False, shared=None)  # what compare() sets for its runs
     args = parser.parse_args(argv)
-    args.out = args.out or Path("runs") / f"{Path(args.model).stem}-{'compare' if args.compare else args.init}"
+    args.out = (
+        args.out or Path("runs") / f"{Path(args.model).name.removesuffix('.gguf')}-{'compare' if args.compare else args.init}"
+    )
     return args
 
 
@@ -185,7 +187,7 @@ def first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def load_texts(data: str) -> list[str]:
+def load_texts(data: str, option: str = "--data") -> list[str]:
     """The documents of a text, JSON or JSONL file, of a Hub dataset's training split, or of the Python reference."""
     if data == "python":
         from pydoc_data.topics import topics
@@ -198,19 +200,19 @@ def load_texts(data: str) -> list[str]:
                 raise OSError("no such file")
             from datasets import load_dataset
 
-            return [record_text(record) for record in load_dataset(hub_id(data, "--data"), split="train")]
+            return [record_text(record) for record in load_dataset(hub_id(data, option), split="train")]
         text = path.read_text("utf-8")
         if not text.strip():
             raise ValueError("the file is empty")
         if path.suffix == ".jsonl":
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+            records = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
             records = json.loads(text) if path.suffix == ".json" else [{"text": text}]
-        if not isinstance(records, list):
-            raise ValueError(f"expected a list of records, got {type(records).__name__}")
+        if not isinstance(records, list) or not records:
+            raise ValueError(f"expected a list of records, got {'none' if records == [] else type(records).__name__}")
         return [record_text(record) for record in records]
     except Exception as error:
-        raise ValueError(f"--data {data}: {first_line(error)}") from error
+        raise ValueError(f"{option} {data}: {first_line(error)}") from error
 
 
 def record_text(record: dict) -> str:
@@ -251,11 +253,14 @@ def naming(path: Path, what: str):
 def check_options(args: argparse.Namespace) -> None:
     """ValueError for what can be known to fail before anything is loaded."""
     least = dict(rank=1, als_steps=0, sequence_length=2, calibration=1, validation=1, steps=0, batch_size=1, accumulation=1)
-    for option, low in {**least, "eval_every": 1}.items():
+    for option, low in {**least, "eval_every": 1, "seeds": 1}.items():
         if getattr(args, option) < low:
             raise ValueError(f"--{option.replace('_', '-')} {getattr(args, option)}: expected at least {low}")
-    for option in ("alpha", "lr", "calibration_memory"):
-        value = getattr(args, option)
+    if any(rank < 1 for rank in args.ranks):
+        raise ValueError(f"--ranks {min(args.ranks)}: expected at least 1")
+    for option, value in [(option, getattr(args, option)) for option in ("alpha", "lr", "calibration_memory")] + [
+        ("sweep", lr) for lr in args.sweep
+    ]:
         if not 0 < value < math.inf and (option, value) != ("calibration_memory", math.inf):
             raise ValueError(f"--{option.replace('_', '-')} {value}: expected a positive number")
     if args.bits not in (4, 8, 16):
@@ -348,10 +353,10 @@ def save_correlations(file: Path, H: dict, seconds: float) -> None:
         partial.replace(file)
 
 
-def load_correlations(file: Path) -> tuple[dict, float]:
+def load_correlations(file: Path, device: str) -> tuple[dict, float]:
     from safetensors import safe_open
 
-    with naming(file, "could not be read (delete it to calibrate again)"), safe_open(file, "pt") as content:
+    with naming(file, "could not be read (delete it to calibrate again)"), safe_open(file, "pt", device) as content:
         H = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
         layers = json.loads(content.metadata()["layers"])
         return {name: H[first] for name, first in layers.items()}, float(content.metadata()["seconds"])
@@ -376,11 +381,17 @@ def run(args: argparse.Namespace) -> dict:
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
     saved, finished = args.out / "start.json", args.out / "results.json"
-    resumed = args.resume and saved.exists()
+    resumed = args.resume and (saved.exists() or finished.exists())
     if resumed:
         with naming(finished if finished.exists() else saved, "could not be read"):
-            result = json.loads(finished.read_text())["runs"][0] if finished.exists() else json.loads(saved.read_text())
+            if finished.exists():
+                content = json.loads(finished.read_text())
+                result = content["runs"][0] if "common" not in content else {"settings": {"compare": True}, "seconds": {}}
+            else:
+                result = json.loads(saved.read_text())
         seconds = result["seconds"]
+        if "compare" in result["settings"]:
+            raise ValueError(f"--out {args.out} holds a comparison: give --compare, or another folder")
         for key, value in now.items():
             if result["settings"].get(key) != value:
                 raise ValueError(f"--out {args.out} holds a run with {key} {result['settings'].get(key)}, not {value}")
@@ -413,7 +424,6 @@ def run(args: argparse.Namespace) -> dict:
         # the Trainer weighs batches equally, and fills up the last ones where several processes share them
         even = args.validation % (args.batch_size * processes) == 0
         training_args.per_device_eval_batch_size = args.batch_size if even else 1
-        set_seed(args.seed)
         with training_args.main_process_first():
             model, tokenizer = load_model(args.model)
         blocks = token_blocks(load_texts(args.data), tokenizer, args.sequence_length)
@@ -425,7 +435,8 @@ def run(args: argparse.Namespace) -> dict:
         )
         validation = selection if args.select else validation
         if args.calibration_data:
-            calibration = token_blocks(load_texts(args.calibration_data), tokenizer, args.sequence_length)[: args.calibration]
+            texts = load_texts(args.calibration_data, "--calibration-data")
+            calibration = token_blocks(texts, tokenizer, args.sequence_length)[: args.calibration]
             if len(calibration) < args.calibration:
                 raise ValueError(
                     f"--calibration-data {args.calibration_data} gives {len(calibration)} sequences, not {args.calibration}"
@@ -485,19 +496,19 @@ def run(args: argparse.Namespace) -> dict:
         calibration, H = Calibration(batches[process::processes]), None
         if correlations:  # the methods that need none report their errors on them
             if not correlations.exists():
-                H = input_correlations(model, calibration)
-                save_correlations(correlations, H, seconds["calibrate"])
-            H, calibrated = load_correlations(correlations)
-            H = {name: matrix.to(model.device) for name, matrix in H.items()}
+                save_correlations(correlations, input_correlations(model, calibration), seconds["calibrate"])
+            H, calibrated = load_correlations(correlations, str(model.device))
             seconds["calibrate"] = calibrated if needs_data(args.init) else 0.0
+        set_seed(args.seed)  # what was drawn before depends on what was evaluated
         with phase("initialize"):
             result["layers"] = apply_quailora(
                 model, calibration if needs_data(args.init) else None, rank=args.rank, alpha=args.alpha, bits=args.bits,
                 steps=args.als_steps, init=args.init, H=H, floor=needs_data(args.init), memory=1e9 * args.calibration_memory,
                 progress=lambda names: tqdm(names, "layers", disable=not MAIN),
             )  # fmt: skip
-        if H is None:
+        if not correlations:  # else calibration came before
             seconds["initialize"] -= seconds.get("calibrate", 0.0)
+        del H
         with phase("evaluate"):
             with without_adapter([module for module in model.modules() if isinstance(module, LoRALinear)]):
                 result["quantized_perplexity"] = evaluate()
@@ -508,7 +519,10 @@ def run(args: argparse.Namespace) -> dict:
             if full and not known:
                 write_json(full, {"perplexity": result["full_precision_perplexity"]})
             save_adapter(model, args.out / "start")
-            write_json(saved, result)
+            write_json(
+                saved,
+                result | {"seconds": seconds | {"total": time.perf_counter() - began}, "peak_memory_mb": peak_memory_mb()},
+            )
     curve = result["perplexity"]
     with phase("train"):
         if args.steps:
@@ -520,7 +534,7 @@ def run(args: argparse.Namespace) -> dict:
             if curve[-1][0] < args.steps:
                 curve.append([args.steps, evaluate()])
     seconds["total"] = seconds.get("total", 0.0) + time.perf_counter() - began
-    result["peak_memory_mb"] = peak_memory_mb()
+    result["peak_memory_mb"] = max(peak_memory_mb(), result.get("peak_memory_mb", 0.0))
     if MAIN:
         save_adapter(model, args.out / "adapter")
         write_json(finished, {"runs": [result]})
@@ -544,15 +558,21 @@ def table(result: dict) -> str:
 def compare(args: argparse.Namespace) -> list[dict]:
     """A run of its own process for each method and seed, on the same data in the same order. Calibration and the evaluation
     in full precision are done once. What is finished stands in results.json, the rest in runs/, and both are gone on with."""
-    finished, runs = args.out / "results.json", []
+    args.selection, finished, runs = args.validation, args.out / "results.json", []
+    varied = {"init", "bits", "seed", "lr", "rank", "steps", "select"}
+    common = {key: value for key, value in settings(args).items() if key not in varied}
     if finished.exists():
         with naming(finished, "could not be read"):
-            runs = json.loads(finished.read_text())["runs"]
-    varied = {"init", "bits", "seed", "lr", "rank", "steps", "select"}
-    args.selection = args.validation
-    for key, value in settings(args).items():
-        if runs and key not in varied and runs[0]["settings"].get(key) != value:
-            raise ValueError(f"--out {args.out} holds runs with {key} {runs[0]['settings'].get(key)}, not {value}")
+            held_common, runs = (json.loads(finished.read_text())[key] for key in ("common", "runs"))
+        for key, value in common.items():
+            if held_common.get(key) != value:
+                raise ValueError(f"--out {args.out} holds runs with {key} {held_common.get(key)}, not {value}")
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    def save():
+        write_json(finished, {"common": common, "runs": runs})
+
+    save()
 
     def result(**changes) -> dict:
         job = argparse.Namespace(**{**vars(args), **changes, "resume": True})
@@ -572,7 +592,7 @@ def compare(args: argparse.Namespace) -> list[dict]:
         if process.exitcode:  # it has said why
             sys.exit(process.exitcode)
         runs.append(json.loads((job.out / "results.json").read_text())["runs"][0])
-        write_json(finished, {"runs": runs})
+        save()
         for path in (job.out / "start", *job.out.glob("checkpoint-*")):
             shutil.rmtree(path)
         return runs[-1]
@@ -592,7 +612,7 @@ def compare(args: argparse.Namespace) -> list[dict]:
         tuned = {}
         for name, (init, bits) in METHODS.items():
             trials = [result(init=init, bits=bits, seed=0, lr=lr, select=True) for lr in args.sweep]
-            best = min(trials, key=lambda trial: trial["perplexity"][-1][1])["settings"]["lr"]
+            best = min(trials, key=lambda trial: (math.isnan(p := trial["perplexity"][-1][1]), p))["settings"]["lr"]
             tuned[f"{name}, at {best:g}"] = results(name, lr=best)
         lines += ["\n### Each at its best learning rate\n", *comparison(tuned)]
     for rank in args.ranks:
@@ -600,8 +620,8 @@ def compare(args: argparse.Namespace) -> list[dict]:
     for rank in args.ranks and sorted({args.ranks[0], args.ranks[len(args.ranks) // 2], args.ranks[-1]}):
         for init in ("qlora", "quailora"):
             result(init=init, bits=4, seed=0, rank=rank)
+    print("\n" + "\n".join(lines), flush=True)
     figures(args, runs)
-    print("\n" + "\n".join(lines))
     return runs
 
 
@@ -615,7 +635,7 @@ def comparison(methods: dict[str, list[dict]]) -> list[str]:
         yield f"{mean[name]:.3f}" + (f" ± {statistics.stdev(values[name]):.3f}" if len(values[name]) > 1 else "")
         for reference in (eight, full):
             gap = mean[base] - mean[reference]
-            yield f"{(mean[base] - mean[name]) / gap:.0%}" if gap and name != base else ""
+            yield f"{(mean[base] - mean[name]) / gap:.0%}" if gap > 0 and name != base else ""
 
     steps = methods[base][0]["perplexity"][-1][0]
     lines = [
@@ -645,7 +665,8 @@ def figures(args: argparse.Namespace, runs: list[dict]) -> None:
 
     def chosen(**wanted):
         wanted = {"lr": args.lr, "rank": args.rank, "steps": args.steps, "select": False} | wanted
-        return [run for run in runs if all(run["settings"][key] == value for key, value in wanted.items())]
+        runs_of = [run for run in runs if all(run["settings"][key] == value for key, value in wanted.items())]
+        return [run for run in runs_of if run["settings"]["seed"] < args.seeds]
 
     def save(figure, axes, name, x, y):
         axes.set(xlabel=x, ylabel=y)
@@ -663,12 +684,13 @@ def figures(args: argparse.Namespace, runs: list[dict]) -> None:
 
     figure, axes = plt.subplots(figsize=(4.8, 4.4))
     rows = {name: chosen(init=init, bits=bits, seed=0)[0]["layers"] for name, (init, bits) in METHODS.items() if bits == 4}
-    floor = [row["floor"] / row["quantized"] for row in rows["QuAILoRA, 4 bits"]]
+    kept = [i for i, row in enumerate(rows["QuAILoRA, 4 bits"]) if row["quantized"]]  # not those without an error to repair
+    floor = [rows["QuAILoRA, 4 bits"][i]["floor"] / rows["QuAILoRA, 4 bits"][i]["quantized"] for i in kept]
     for name in ("SVD alone, 4 bits", "LoftQ, 4 bits", "QuAILoRA, 4 bits"):
         if all(row["calibrated"] for row in rows[name]):
-            error = [row["initialized"] / row["quantized"] for row in rows[name]]
+            error = [rows[name][i]["initialized"] / rows[name][i]["quantized"] for i in kept]
             axes.plot(floor, error, label=name, **styles[name] | dict(linestyle="", markersize=3, alpha=0.7))
-    axes.plot([0, 1], [0, 1], color="gray", linewidth=0.8, label="the least possible")
+    axes.plot([0, 1], [0, 1], color="gray", linewidth=0.8, label="the least for that Q")
     save(figure, axes, "layers.png", "least possible error of a layer / plain quantization's", "error / plain quantization's")
 
     if args.ranks:
