@@ -1029,6 +1029,7 @@ def test_a_run_that_was_killed_at_any_moment_resumes_to_the_same_adapter_bit_for
     curve = json.loads((tmp_path / "whole/results.json").read_text())["runs"][0]["perplexity"]
     command = [sys.executable, train.__file__, *map(str, arguments), "--out", tmp_path / "killed", "--resume"]
     for stage in (
+        ".",  # made before anything is evaluated or calibrated
         "start/adapter_model.safetensors",
         "start.json",
         "checkpoint-2/optimizer.pt",
