@@ -426,8 +426,7 @@ class LoRALinear(nn.Module):
         W, began = weight.to(_at_least_float32(weight)), time.perf_counter()
         A, B = W.new_zeros(len(W), rank), W.new_zeros(W.shape[1], rank)
         for _ in range(rounds):
-            base = quantize(W - A @ B.T, bits, block_size, double_quant)
-            base.dtype = weight.dtype
+            base = quantize((W - A @ B.T).to(weight.dtype), bits, block_size, double_quant)
             E = W - base.dequantize().to(W.dtype)
             if solver == "svd":
                 A, B = svd_init(E, rank)

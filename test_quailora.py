@@ -472,7 +472,8 @@ def test_forward_and_gradients_equal_those_of_the_dense_weight(bits, init, conv1
     layer = LoRALinear.from_linear(linear, H, rank=8, alpha=5, bits=bits, init=init)
     nn.init.normal_(layer.lora_B)
     W = linear.weight.T if conv1d else linear.weight
-    assert torch.equal(layer.base.dequantize(), quantize(W, bits).dequantize())
+    if init != "loftq":
+        assert torch.equal(layer.base.dequantize(), quantize(W, bits).dequantize())
     lora_A, lora_B = layer.lora_A.detach().clone().requires_grad_(), layer.lora_B.detach().clone().requires_grad_()
     merged = layer.base.dequantize() + 5 / 8 * lora_B @ lora_A
     assert torch.allclose(layer.merged_weight(), merged)
@@ -529,8 +530,13 @@ def test_sixteen_bits_is_plain_lora(dtype):
     for init in quailora.INITS:
         layer = LoRALinear.from_linear(linear, H, rank=8, bits=16, init=init)
         x = torch.randn(3, 48, dtype=dtype)
-        assert torch.equal(layer(x), linear(x)) or dtype == torch.bfloat16 and torch.allclose(layer(x), linear(x), rtol=0.02)
+        assert (
+            torch.equal(layer(x), linear(x))
+            or dtype == torch.bfloat16
+            and torch.allclose(layer(x), linear(x), rtol=0.02, atol=0.02)
+        )
         assert layer.lora_A.isfinite().all() and not layer.lora_B.any() and layer.report["initialized"] == 0
+        assert layer.base.codes.dtype == dtype, "no larger than W"
 
 
 def test_qlora_starts_as_peft_draws_it():
