@@ -1351,7 +1351,6 @@ def training_step(which):
         model = nf4_base(train.smollm2())
         model = peft.get_peft_model(model, peft.LoraConfig(r=64, lora_alpha=16, target_modules="all-linear"))
     else:
-        quailora.bitsandbytes = bitsandbytes if which == "ours" else None
         model = T.AutoModelForCausalLM.from_pretrained(train.smollm2(), dtype=torch.float32)
         apply_quailora(model.train(), None, init="qlora", floor=False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)

@@ -326,15 +326,21 @@ def last_checkpoint(out: Path) -> Path | None:
     return max(complete)[1] if complete else None
 
 
-def write_json(file: Path, content: dict) -> None:
-    """Complete or not at all: a run that is killed here leaves what was there before."""
+@contextmanager
+def whole(file: Path):
+    """A path to write to that becomes `file` at the end: a run that is killed here leaves what was there before."""
     partial = file.with_suffix(".partial")
     with naming(file, "could not be written"):
         try:
-            partial.write_text(json.dumps(content, indent=1))
+            yield partial
             partial.replace(file)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def write_json(file: Path, content: dict) -> None:
+    with whole(file) as partial:
+        partial.write_text(json.dumps(content, indent=1))
 
 
 def settings(args: argparse.Namespace) -> dict:
@@ -347,10 +353,8 @@ def save_correlations(file: Path, H: dict, seconds: float) -> None:
 
     first = {id(matrix): name for name, matrix in reversed(H.items())}
     layers = {name: first[id(matrix)] for name, matrix in H.items()}
-    partial = file.with_suffix(".partial")
-    with naming(file, "could not be written"):
+    with whole(file) as partial:
         save_file({name: H[name] for name in first.values()}, partial, {"layers": json.dumps(layers), "seconds": str(seconds)})
-        partial.replace(file)
 
 
 def load_correlations(file: Path, device: str) -> tuple[dict, float]:
