@@ -442,14 +442,16 @@ class LoRALinear(nn.Module):
         layer = cls(base, lora_A, lora_B, alpha, rslora, linear.bias).train(linear.training)
         seconds = time.perf_counter() - began
 
-        plain = E if rounds == 1 else W - quantize(W, bits, block_size, double_quant).dequantize().to(W.dtype)
-        errors = {
-            "quantized": calibrated_error(plain, 0 * A, B, H),
-            "svd": reached[0] if solver == "als" else None,
-            "als": min(reached) if solver == "als" else None,
-            "floor": (problem if solver in ("als", "exact") else _Problem(plain, H, rank)).exact()[1] if floor else None,
-            "initialized": calibrated_error(E, A, B, H),
-        }
+        errors = dict.fromkeys(("quantized", "svd", "als", "floor", "initialized"))
+        if needs_data(init):  # then `problem` knows them, without further products with H
+            errors["quantized"], errors["initialized"] = problem.error(0.0), min(reached) if solver == "als" else reached
+        else:
+            plain = E if rounds == 1 else W - quantize(W, bits, block_size, double_quant).dequantize().to(W.dtype)
+            errors["quantized"], errors["initialized"] = calibrated_error(plain, 0 * A, B, H), calibrated_error(E, A, B, H)
+        if solver == "als":
+            errors["svd"], errors["als"] = reached[0], min(reached)
+        if floor:
+            errors["floor"] = (problem if needs_data(init) else _Problem(plain, H, rank)).exact()[1]
         norm = calibrated_error(W, 0 * A, B, H)
         layer.init, layer.kind = init, type(linear)
         layer.report = {key: e and (math.sqrt(e / norm) if norm else 0.0) for key, e in errors.items()} | {"seconds": seconds}
