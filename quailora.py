@@ -357,7 +357,7 @@ INITS = {  # name: (how A, B are found for W - Q, rounds of that and of Q = quan
     "exact": ("exact", 1),  # the optimum of (1): QERA, CLoQ
     "svd": ("svd", 1),  # the optimum of (2), without data
     "loftq": ("svd", 5),  # LoftQ, arXiv 2310.08659, without data
-    "qlora": (None, 1),  # the baseline: lora_A Kaiming-uniform as peft draws it, lora_B zero
+    "qlora": (None, 1),  # the baseline: lora_A random, with orthonormal rows of the same size as above, lora_B zero
 }
 
 
@@ -434,11 +434,10 @@ class LoRALinear(nn.Module):
                 problem = _Problem(E, H, rank)
                 U, reached = problem.als(steps) if solver == "als" else problem.exact()
                 A, B = problem.factors(U)
-        if solver:
-            lora_A, lora_B = split_product(A, B, _scaling(alpha, rank, rslora))
-        else:
-            _check(E, H, rank)
-            lora_A, lora_B = nn.init.kaiming_uniform_(W.new_empty(rank, W.shape[1]), a=math.sqrt(5)), A
+            else:
+                _check(E, H, rank)
+                B.normal_()
+        lora_A, lora_B = split_product(A, B, _scaling(alpha, rank, rslora))
         layer = cls(base, lora_A, lora_B, alpha, rslora, linear.bias).train(linear.training)
         seconds = time.perf_counter() - began
 

@@ -539,13 +539,14 @@ def test_sixteen_bits_is_plain_lora(dtype):
         assert layer.base.codes.dtype == dtype, "no larger than W"
 
 
-def test_qlora_starts_as_peft_draws_it():
-    linear, _ = make_linear(n=64, out=32, dtype=torch.float32)
+def test_qlora_starts_at_zero_with_a_random_lora_A_of_the_form_and_size_of_the_others():
+    linear, H = make_linear(n=64, out=32, dtype=torch.float32)
     torch.manual_seed(3)
-    layer = LoRALinear.from_linear(linear, rank=16, init="qlora")
-    torch.manual_seed(3)
-    expected = nn.init.kaiming_uniform_(torch.empty(16, 64), a=math.sqrt(5))
-    assert torch.equal(layer.lora_A, expected) and not layer.lora_B.any()
+    qlora, again = (LoRALinear.from_linear(linear, rank=16, init="qlora") for _ in range(2))
+    ours = LoRALinear.from_linear(linear, H, rank=16)
+    assert not qlora.lora_B.any() and not torch.equal(qlora.lora_A, again.lora_A)
+    for layer in (qlora, ours):
+        assert torch.allclose(layer.lora_A @ layer.lora_A.T, torch.eye(16) * 64 / 16, atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -1135,7 +1136,8 @@ def test_compare_runs_every_method_on_the_same_terms_and_goes_on_where_it_was(tm
     broken_model(tmp_path / "llama", family="llama")
     out, calibrations = tmp_path / "out", []
     arguments = ["--model", str(tmp_path / "llama"), *TINY_RUN, "--compare", "--out", str(out), "--resume"]
-    arguments += ["--sweep", "1e-3", "1e-2", "--ranks", "4", "8"]
+    (tmp_path / "other.txt").write_text("Another set, of other words. " * 100)
+    arguments += ["--sweep", "1e-3", "1e-2", "--ranks", "4", "8", "--calibrations", str(tmp_path / "other.txt")]
     correlate = quailora.input_correlations
     monkeypatch.setattr(quailora, "input_correlations", lambda *a: calibrations.append(1) or correlate(*a))
     run, ran, draws = train.run, [], set()
@@ -1143,7 +1145,7 @@ def test_compare_runs_every_method_on_the_same_terms_and_goes_on_where_it_was(tm
     def recorded(args):
         ran.append(args.out)
         result = run(args)
-        if (args.init, args.rank, args.select) == ("qlora", 8, False):
+        if (args.init, args.rank, args.lr) == ("qlora", 8, 1e-3):
             with safe_open(args.out / "start/adapter_model.safetensors", "pt") as start:
                 draws.add(start.get_tensor("base_model.model.model.layers.0.mlp.up_proj.lora_A.weight").numpy().tobytes())
         return result
@@ -1156,29 +1158,35 @@ def test_compare_runs_every_method_on_the_same_terms_and_goes_on_where_it_was(tm
     monkeypatch.setattr(train, "run", killed)
     with pytest.raises(SystemExit, match="2"):
         train.main(arguments)
-    assert len(json.loads((out / "results.json").read_text())["runs"]) == 4
+    assert len(json.loads((out / "results.json").read_text())["runs"]) == 5
     ran.clear()
     monkeypatch.setattr(train, "run", recorded)
     train.main(arguments)
     assert len(draws) == 1, "QLoRA's lora_A is the same in 4, 8 and 16 bits, whatever was evaluated or shared before"
     runs = json.loads((out / "results.json").read_text())["runs"]
-    assert len(calibrations) == 1 and len(ran) == len(runs) - 4 == 2 + 12 + 6 + 2 + 2  # two methods, the sweep, its best, ranks
-    assert len({run["full_precision_perplexity"] for run in runs if not run["settings"]["select"]}) == 1
+    assert len(calibrations) == 2 and len(ran) == len(runs) - 5 == 2 + 7 + 1 + 2 + 2  # methods, sweep, calibration, ranks
+    assert len({run["full_precision_perplexity"] for run in runs}) == 1
     of = {name: [r for r in runs if (r["init"], r["bits"]) == kind] for name, kind in train.METHODS.items()}
     for name in train.METHODS:
         (first, *_) = of[name]
         curve = first["perplexity"]
         assert [step for step, _ in curve] == [0, 2, 3] and curve[0][1] > curve[-1][1]
         assert all(row["calibrated"] for row in first["layers"])
-        trials = [r for r in of[name] if r["settings"]["select"]]
-        assert [r["settings"]["lr"] for r in trials] == [1e-3, 1e-2]
+        assert [r["settings"]["lr"] for r in of[name][:2]] == [1e-3, 1e-2]
+        assert of[name][0]["selection_perplexity"] > of[name][1]["selection_perplexity"] != of[name][1]["perplexity"][-1][1]
     assert of["LoRA, full precision"][0]["perplexity"][0][1] == runs[0]["full_precision_perplexity"]
     lines = capsys.readouterr().out.splitlines()
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
-    assert [row[0] for row in table[1:7]] == list(train.METHODS) and all(", at 0.01" in row[0] for row in table[8:])
-    assert table[4][4] == f"{of['QuAILoRA, 4 bits'][0]['perplexity'][-1][1]:.3f}"
+    assert [row[0] for row in table[1:8]] == list(train.METHODS) and all(", at 0.01" in row[0] for row in table[9:16])
+    assert table[17][1] == table[5][1] != table[18][1], "calibrated on the same and on another set"
+    assert table[5][4] == f"{of['QuAILoRA, 4 bits'][0]['perplexity'][-1][1]:.3f}"
     assert all((out / figure).stat().st_size > 10_000 for figure in ("perplexity.png", "layers.png", "rank.png"))
     ran.clear()
+    train.main(arguments)
+    assert not ran
+    for done in runs:  # a run that was made before an option existed had its default
+        del done["settings"]["als_steps"]
+    (out / "results.json").write_text(json.dumps({"common": {}, "runs": runs}))
     train.main(arguments)
     assert not ran
     with pytest.raises(SystemExit, match="2"):

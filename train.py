@@ -34,11 +34,13 @@ SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c
 PAPER = dict(rank=64, alpha=16, als_steps=20, calibration=2000, steps=1000, batch_size=4, accumulation=4, eval_every=100)
 
 METHODS = {  # what --compare compares: --init and --bits
-    "QLoRA, 4 bits": ("qlora", 4), "SVD alone, 4 bits": ("svd", 4), "LoftQ, 4 bits": ("loftq", 4),
-    "QuAILoRA, 4 bits": ("quailora", 4), "QLoRA, 8 bits": ("qlora", 8), "LoRA, full precision": ("qlora", 16),
+    "QLoRA, 4 bits": ("qlora", 4), "QLoRA as peft draws it, 4 bits": ("peft", 4), "SVD alone, 4 bits": ("svd", 4),
+    "LoftQ, 4 bits": ("loftq", 4), "QuAILoRA, 4 bits": ("quailora", 4),
+    "QLoRA, 8 bits": ("qlora", 8), "LoRA, full precision": ("qlora", 16),
 }  # fmt: skip
 NOT_SETTINGS = {  # what may differ when a run is resumed
-    "out", "debug", "resume", "overwrite", "calibration_memory", "compare", "seeds", "sweep", "ranks", "shared",
+    "out", "debug", "resume", "overwrite", "calibration_memory", "compare", "seeds", "sweep", "ranks",
+    "calibrations", "shared",
 }  # fmt: skip
 MAIN = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, the one that prints and writes
 
@@ -53,7 +55,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--calibration-data", help="calibrate on this instead; default: a part of --data that is not trained on")
     add("--out", type=Path, help="folder for results.json and adapter/ (default: runs/MODEL-INIT, runs/MODEL-compare)")
     add("--preset", choices=["paper"], help="the settings of the paper: 2000 calibration samples, 1000 steps of 16 sequences")
-    add("--init", default="quailora", choices=["quailora", "exact", "svd", "loftq", "qlora"], help="default: quailora")
+    add("--init", default="quailora", choices=["quailora", "exact", "svd", "loftq", "qlora", "peft"],
+        help="peft is qlora with the smaller lora_A that peft draws; default: quailora")  # fmt: skip
     add("--bits", type=int, default=4, help="4 (NF4, double quantization), 8 (int8) or 16 (not rounded); default: 4")
     add("--rank", type=int, default=64, help="default: 64")
     add("--alpha", type=float, default=16.0, help="the adapter is scaled by alpha / rank; default: 16")
@@ -75,12 +78,13 @@ def parse_args(argv=None) -> argparse.Namespace:
         "learning rates, chosen on sequences that are neither trained nor validated on")  # fmt: skip
     add("--ranks", type=int, nargs="+", default=[], metavar="RANK", help="with --compare: also QLoRA and QuAILoRA at these "
         "ranks at step 0, and fine-tuned at the first, middle and last of them")  # fmt: skip
+    add("--calibrations", nargs="+", default=[], metavar="DATA", help="with --compare: also QuAILoRA calibrated on these")
     add("--resume", action="store_true", help="go on with the run that --out holds, from where it was stopped")
     add("--overwrite", action="store_true", help="replace the run that --out holds")
     add("--debug", action="store_true", help="show the traceback of an error")
     if parser.parse_args(argv).preset == "paper":
         parser.set_defaults(**PAPER)
-    parser.set_defaults(selection=0, select=False, shared=None)  # what compare() sets for its runs
+    parser.set_defaults(selection=0, shared=None)  # what compare() sets for its runs
     args = parser.parse_args(argv)
     args.out = (
         args.out or Path("runs") / f"{Path(args.model).name.removesuffix('.gguf')}-{'compare' if args.compare else args.init}"
@@ -437,7 +441,6 @@ def run(args: argparse.Namespace) -> dict:
         calibration, training, selection, validation = blocks.split(
             [args.calibration, n_train, args.selection, args.validation]
         )
-        validation = selection if args.select else validation
         if args.calibration_data:
             texts = load_texts(args.calibration_data, "--calibration-data")
             calibration = token_blocks(texts, tokenizer, args.sequence_length)[: args.calibration]
@@ -471,15 +474,13 @@ def run(args: argparse.Namespace) -> dict:
             with naming(checkpoint, "could not be read (delete it to go on from the one before)"):
                 super()._load_rng_state(checkpoint)
 
-    trainer = AdapterTrainer(
-        model,
-        training_args,
-        train_dataset=[{"input_ids": ids, "labels": ids} for ids in training],
-        eval_dataset=[{"input_ids": ids, "labels": ids} for ids in validation],
+    training, selection, validation = (
+        [{"input_ids": ids, "labels": ids} for ids in part] for part in (training, selection, validation)
     )
+    trainer = AdapterTrainer(model, training_args, train_dataset=training, eval_dataset=validation)
 
-    def evaluate() -> float:
-        return perplexity(trainer.evaluate()["eval_loss"])
+    def evaluate(part=None) -> float:
+        return perplexity(trainer.evaluate(part)["eval_loss"])
 
     class Calibration(list):
         """Batches; each pass over them is timed and shown."""
@@ -492,31 +493,34 @@ def run(args: argparse.Namespace) -> dict:
         with phase("initialize"):
             load_adapter(model, args.out / "start")
     else:
-        full = args.shared and args.shared / f"full-precision-{'selection' if args.select else 'validation'}.json"
-        correlations = args.shared and args.shared / "H.safetensors"
+        full = args.shared and args.shared / "full-precision.json"
+        correlations = args.shared and args.shared / f"H-{Path(args.calibration_data or args.data).stem}.safetensors"
         with phase("evaluate"):
             known = full and full.exists()
             result["full_precision_perplexity"] = json.loads(full.read_text())["perplexity"] if known else evaluate()
-        calibration, H = Calibration(batches[process::processes]), None
+        calibration, H, init = Calibration(batches[process::processes]), None, args.init.replace("peft", "qlora")
         if correlations:  # the methods that need none report their errors on them
             if not correlations.exists():
                 save_correlations(correlations, input_correlations(model, calibration), seconds["calibrate"])
             H, calibrated = load_correlations(correlations, str(model.device))
-            seconds["calibrate"] = calibrated if needs_data(args.init) else 0.0
+            seconds["calibrate"] = calibrated if needs_data(init) else 0.0
         set_seed(args.seed)  # what was drawn before depends on what was evaluated
         with phase("initialize"):
             result["layers"] = apply_quailora(
-                model, calibration if needs_data(args.init) else None, rank=args.rank, alpha=args.alpha, bits=args.bits,
-                steps=args.als_steps, init=args.init, H=H, floor=needs_data(args.init), memory=1e9 * args.calibration_memory,
+                model, calibration if needs_data(init) else None, rank=args.rank, alpha=args.alpha, bits=args.bits,
+                steps=args.als_steps, init=init, H=H, floor=needs_data(init), memory=1e9 * args.calibration_memory,
                 progress=lambda names: tqdm(names, "layers", disable=not MAIN),
             )  # fmt: skip
+        layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+        for layer in layers if args.init == "peft" else ():
+            torch.nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5))
         if not correlations:  # else calibration came before
             seconds["initialize"] -= seconds.get("calibrate", 0.0)
         del H
         with phase("evaluate"):
-            with without_adapter([module for module in model.modules() if isinstance(module, LoRALinear)]):
+            with without_adapter(layers):
                 result["quantized_perplexity"] = evaluate()
-            result["perplexity"] = [[0, evaluate()]]
+            result["perplexity"] = [[0, result["quantized_perplexity"] if init == "qlora" else evaluate()]]
         if math.isnan(result["full_precision_perplexity"]):
             raise ValueError(f"--model {args.model}: its loss on the validation sequences is not a number, in full precision")
         if MAIN:
@@ -537,6 +541,8 @@ def run(args: argparse.Namespace) -> dict:
             curve += [[log["step"], perplexity(log["eval_loss"])] for log in logs]
             if curve[-1][0] < args.steps:
                 curve.append([args.steps, evaluate()])
+        if args.selection:
+            result["selection_perplexity"] = evaluate(selection)
     seconds["total"] = seconds.get("total", 0.0) + time.perf_counter() - began
     result["peak_memory_mb"] = max(peak_memory_mb(), result.get("peak_memory_mb", 0.0))
     if MAIN:
@@ -563,14 +569,14 @@ def compare(args: argparse.Namespace) -> list[dict]:
     """A run of its own process for each method and seed, on the same data in the same order. Calibration and the evaluation
     in full precision are done once. What is finished stands in results.json, the rest in runs/, and both are gone on with."""
     args.selection, finished, runs = args.validation, args.out / "results.json", []
-    varied = {"init", "bits", "seed", "lr", "rank", "steps", "select"}
+    varied = {"init", "bits", "seed", "lr", "rank", "steps", "calibration_data"}
     common = {key: value for key, value in settings(args).items() if key not in varied}
     if finished.exists():
         with naming(finished, "could not be read"):
             held_common, runs = (json.loads(finished.read_text())[key] for key in ("common", "runs"))
         for key, value in common.items():
-            if held_common.get(key) != value:
-                raise ValueError(f"--out {args.out} holds runs with {key} {held_common.get(key)}, not {value}")
+            if held_common.get(key, value) != value:
+                raise ValueError(f"--out {args.out} holds runs with {key} {held_common[key]}, not {value}")
     args.out.mkdir(parents=True, exist_ok=True)
 
     def save():
@@ -584,9 +590,9 @@ def compare(args: argparse.Namespace) -> list[dict]:
             job.shared = args.out / "runs" / "shared"
             job.shared.mkdir(parents=True, exist_ok=True)
         for done in runs:
-            if done["settings"] == settings(job):
+            if settings(job) == settings(job) | done["settings"]:  # an option that is newer than a run had its default
                 return done
-        job.out = args.out / "runs" / "-".join(f"{key}-{getattr(job, key)}" for key in sorted(varied))
+        job.out = args.out / "runs" / "-".join(f"{key}-{Path(str(getattr(job, key))).name}" for key in sorted(varied))
         print(f"\n=== run {len(runs) + 1}: {', '.join(f'{key} {value}' for key, value in changes.items())}", flush=True)
         process = multiprocessing.get_context("spawn").Process(target=attempt, args=(run, job))
         process.start()
@@ -615,10 +621,16 @@ def compare(args: argparse.Namespace) -> list[dict]:
     if args.sweep:
         tuned = {}
         for name, (init, bits) in METHODS.items():
-            trials = [result(init=init, bits=bits, seed=0, lr=lr, select=True) for lr in args.sweep]
-            best = min(trials, key=lambda trial: (math.isnan(p := trial["perplexity"][-1][1]), p))["settings"]["lr"]
+            trials = [result(init=init, bits=bits, seed=0, lr=lr) for lr in args.sweep]
+            best = min(trials, key=lambda trial: (math.isnan(p := trial["selection_perplexity"]), p))["settings"]["lr"]
             tuned[f"{name}, at {best:g}"] = results(name, lr=best)
         lines += ["\n### Each at its best learning rate\n", *comparison(tuned)]
+    if args.calibrations:
+        lines += [f"\n### QuAILoRA fine-tuned on {args.data}\n", f"| calibrated on | step 0 | step {args.steps} |"]
+        lines.append("|---|---|---|")
+        for data in [None, *args.calibrations]:
+            curve = result(init="quailora", bits=4, seed=0, calibration_data=data or args.calibration_data)["perplexity"]
+            lines.append(f"| {data or 'the same'} | {curve[0][1]:.3f} | {curve[-1][1]:.3f} |")
     for rank in args.ranks:
         result(init="quailora", bits=4, seed=0, rank=rank, steps=0)
     for rank in args.ranks and sorted({args.ranks[0], args.ranks[len(args.ranks) // 2], args.ranks[-1]}):
@@ -663,12 +675,12 @@ def figures(args: argparse.Namespace, runs: list[dict]) -> None:
 
     plt.rcParams.update({"figure.figsize": (6.4, 4), "figure.dpi": 150, "figure.constrained_layout.use": True,
         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})  # fmt: skip
-    colors = ("#000000", "#E69F00", "#56B4E9", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito
+    colors = ("#000000", "#999999", "#E69F00", "#56B4E9", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito
     styles = {name: dict(color=color, marker=marker, linestyle=line) for name, color, marker, line in zip(
-        METHODS, colors, "osv^DX", ("-", ":", "-.", "-", "--", (0, (1, 1))), strict=True)}  # fmt: skip
+        METHODS, colors, "o.sv^DX", ("-", "-", ":", "-.", "-", "--", (0, (1, 1))), strict=True)}  # fmt: skip
 
     def chosen(**wanted):
-        wanted = {"lr": args.lr, "rank": args.rank, "steps": args.steps, "select": False} | wanted
+        wanted = {"lr": args.lr, "rank": args.rank, "steps": args.steps, "calibration_data": args.calibration_data} | wanted
         runs_of = [run for run in runs if all(run["settings"][key] == value for key, value in wanted.items())]
         return [run for run in runs_of if run["settings"]["seed"] < args.seeds]
 
