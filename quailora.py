@@ -13,7 +13,7 @@ QuAILoRA starts it where it cancels as much of the rounding as rank r can, on in
 
     in code          paper     shape, meaning
     W                W         (out, in)    full-precision weight (the paper: m x n)
-    Q, quantize      Q         (out, in)    W after rounding to 4 bits (NF4) or 8 bits, `quantize(W).dequantize()`
+    Q, quantize      Q         (out, in)    W after rounding, `quantize(W).dequantize()`
     E                W - Q     (out, in)    rounding error
     X                X         (in, s)      inputs of the layer in the full-precision model on calibration data; never stored
     H                X X^T     (in, in)     their correlations, `input_correlations`
@@ -22,9 +22,11 @@ QuAILoRA starts it where it cancels as much of the rounding as rank r can, on in
     scaling                    alpha / r, or alpha / sqrt(r) with rsLoRA
     G                E H E^T   (k, k)       what (1) depends on, seen from the smaller side of E: k = min(out, in), `_Problem`
 
+QLoRA, LoftQ, QERA, CLoQ are neighbours: other choices of how W is rounded, how A, B are found, and how often in turn, `INITS`.
+
 Usage:      rows = apply_quailora(model, batches)     # replaces the linear layers of a torch model; then train as usual
 
-Sections: 1 quantization, 2 initialization, 3 the layer, 4 whole models, 5 the adapter on disk.
+Sections: 1 quantization, 2 the low-rank part, 3 the family, 4 the layer, 5 whole models, 6 on disk.
 """
 
 from __future__ import annotations
@@ -50,16 +52,23 @@ except ImportError:
 
 # ----------------------------------------------------------------------------------------------- 1  Quantization: W -> Q
 
-# The 16 levels of NormalFloat 4 (arXiv 2305.14314, appendix E): quantiles of a normal distribution, scaled to [-1, 1].
-NF4_LEVELS = torch.tensor(
-    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0],
-    dtype=torch.float32,
-)  # fmt: skip
+BITSANDBYTES_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
-def _dynamic_map() -> Tensor:
+@functools.cache
+def normal_float(bits: int) -> Tensor:
+    """The 2^bits levels of NormalFloat (arXiv 2305.14314, appendix E), ascending: quantiles of a normal distribution, scaled
+    to [-1, 1], 2^(bits-1) above an exact zero and one fewer below. For 4 bits the table of bitsandbytes, NF4."""
+    half, most = 2 ** (bits - 1), round(1 - (2.0 ** -(bits + 1) + 0.5 / (2**bits - 1)) / 2, 7)  # 7 digits, and float32 on
+    share = [
+        torch.linspace(most, 0.5, n + 1, dtype=torch.float32)[:-1].double() for n in (half, half - 1)
+    ]  # the way: as theirs
+    above, below = (torch.special.ndtri(p).float() for p in share)
+    return torch.cat([-below, above.new_zeros(1), above.flip(0)]) / above[0]
+
+
+@functools.cache
+def dynamic_map() -> Tensor:
     """The 256 levels for scales (arXiv 1511.04561): 0, 1, and 2^i cell centers in the decade below 10^(i-6), i < 7, signed."""
     levels = [0.0, 1.0]
     for i in range(7):
@@ -69,18 +78,19 @@ def _dynamic_map() -> Tensor:
     return torch.tensor(sorted(levels), dtype=torch.float32)
 
 
-DYNAMIC_MAP = _dynamic_map()
-BITSANDBYTES_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-
-
 @functools.cache
-def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """NF4_LEVELS and DYNAMIC_MAP on a device, copied there once."""
-    return NF4_LEVELS.to(device), DYNAMIC_MAP.to(device)
+def _table(bits: int, device: torch.device) -> Tensor:
+    """Levels of a weight of so many bits on a device, copied there once: NormalFloat, or for 8 bits those of int8 over 127."""
+    return (torch.arange(-127, 128) / 127 if bits == 8 else normal_float(bits)).to(device)
+
+
+def _codes(x: Tensor, levels: Tensor) -> Tensor:
+    """uint8 indices of the levels nearest to x, at a tie the lower one."""
+    return torch.bucketize(x, (levels[:-1] + levels[1:]) / 2, out_int32=True).to(torch.uint8)
 
 
 def _round_blocks(x: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Scale each block of a flat float32 x to [-1, 1] and take the nearest level, at a tie the lower one.
+    """Scale each block of a flat float32 x to [-1, 1] and take the nearest level.
 
     Returns uint8 codes (x.numel(),) and the float32 scales (blocks,), the largest magnitude of each block.
     """
@@ -90,8 +100,29 @@ def _round_blocks(x: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, T
     scaled = blocks * (1 / size)[:, None]
     if len(x) % block_size:  # bitsandbytes divides in a trailing partial block; the last bit can differ
         scaled[-1] = blocks[-1] / size[-1]
-    midpoints = ((levels[:-1] + levels[1:]) / 2).to(x.device)
-    return torch.bucketize(scaled.view(-1)[: len(x)], midpoints, out_int32=True).to(torch.uint8), absmax
+    return _codes(scaled.view(-1)[: len(x)], levels.to(x.device)), absmax
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes (n,) below 2^bits as bytes (ceil(n bits / 8), 1), the first code in the highest bits: a byte holds 4 codes of 2
+    bits or 2 of 4, three bytes 8 of 3. The rest is filled up with the code of level 0."""
+    if bits == 8:
+        return (codes.int() - 127).to(torch.int8)
+    codes_in, bytes_in = math.lcm(bits, 8) // bits, math.lcm(bits, 8) // 8  # of a word
+    codes = F.pad(codes, (0, -len(codes) % codes_in), value=2 ** (bits - 1) - 1).view(-1, codes_in)
+    word = sum(codes[:, i].int() << bits * (codes_in - 1 - i) for i in range(codes_in))
+    return torch.stack([(word >> 8 * (bytes_in - 1 - i)).to(torch.uint8) for i in range(bytes_in)], 1).view(-1, 1)
+
+
+def _unpack(packed: Tensor, bits: int, n: int) -> Tensor:
+    """The codes (n,) that `_pack` was given, as uint8."""
+    if bits == 8:
+        return (packed.view(-1).int() + 127).to(torch.uint8)
+    codes_in, bytes_in = math.lcm(bits, 8) // bits, math.lcm(bits, 8) // 8
+    word = packed.view(-1, bytes_in)
+    word = word[:, 0] if bytes_in == 1 else sum(word[:, i].int() << 8 * (bytes_in - 1 - i) for i in range(bytes_in))
+    codes = [(word >> bits * (codes_in - 1 - i) & 2**bits - 1).to(torch.uint8) for i in range(codes_in)]
+    return torch.stack(codes, 1).view(-1)[:n]
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -108,11 +139,10 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 class QuantizedWeight(nn.Module):
-    """A weight rounded to 4 bits (NF4, two codes a byte, the first in the high half) or 8 bits (int8, a scale a row).
+    """A weight rounded to 2, 3 or 4 bits (NormalFloat, a scale a block) or 8 bits (int8, a scale a row).
 
-    Buffers: `codes`, uint8 (out * in / 2, 1) or int8 (out, in), for 16 bits W itself; `absmax`, the scale of each block or
-    row in float32, or with double quantization as uint8 codes with `nested_absmax` (a float32 for 256 scales) and `offset`
-    (float32).
+    Buffers: `codes`, uint8 as in `_pack` or int8 (out, in), for 16 bits W itself; `absmax`, the scale of each block or row in
+    float32, or with double quantization as uint8 codes with `nested_absmax` (a float32 for 256 scales) and `offset` (float32).
     """
 
     def __init__(self, shape, dtype, bits, block_size, codes, absmax=None, nested_absmax=None, offset=None):
@@ -134,7 +164,7 @@ class QuantizedWeight(nn.Module):
             return None
         QuantState, nested = bitsandbytes.functional.QuantState, None
         if self.nested_absmax is not None:
-            levels = _tables(self.codes.device)[1]
+            levels = dynamic_map().to(self.codes.device)
             nested = QuantState(self.nested_absmax, code=levels, blocksize=256, dtype=torch.float32)
         return QuantState(self.absmax, shape, None, self.block_size, "nf4", dtype, self.offset, nested)
 
@@ -150,21 +180,31 @@ class QuantizedWeight(nn.Module):
         if self.nested_absmax is None:
             return self.absmax
         nested = self.nested_absmax.repeat_interleave(256)[: len(self.absmax)]
-        return _tables(nested.device)[1][self.absmax.int()] * nested + self.offset
+        return dynamic_map().to(nested.device)[self.absmax.int()] * nested + self.offset
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Q, (out, in), computed in float32 and rounded to `dtype` (default: the dtype of W)."""
-        dtype = dtype or self.dtype
+        dtype, n = dtype or self.dtype, self.shape.numel()
         if self.bits == 16:
             return self.codes.to(dtype)
         if self.bits == 8:
             return (self.codes * self.scales()[:, None] * (1 / 127)).to(dtype)
-        if (state := self._state(dtype, (1, self.shape.numel()))) is not None:  # one row, see `forward`
+        if (state := self._state(dtype, (1, n))) is not None:  # one row, see `forward`
             return bitsandbytes.functional.dequantize_4bit(self.codes, state).reshape(self.shape)
-        codes = torch.stack([self.codes >> 4, self.codes & 15], -1).view(-1)[: self.shape.numel()]
-        values = F.pad(_tables(codes.device)[0][codes.int()], (0, -len(codes) % self.block_size))
-        Q = values.view(-1, self.block_size) * self.scales()[:, None]
-        return Q.view(-1)[: len(codes)].view(self.shape).to(dtype)
+        values = _table(self.bits, self.codes.device)[_unpack(self.codes, self.bits, n).int()]
+        Q = F.pad(values, (0, -n % self.block_size)).view(-1, self.block_size) * self.scales()[:, None]
+        return Q.view(-1)[:n].view(self.shape).to(dtype)
+
+    def scale_of_each(self) -> Tensor:
+        """The scale of each weight, (out, in) in float32: Q is that times a level."""
+        scales = self.scales()[:, None].expand(-1, self.block_size or self.shape[1]).reshape(-1)
+        return scales[: self.shape.numel()].view(self.shape)
+
+    def with_codes(self, codes: Tensor) -> QuantizedWeight:
+        """The same levels and scales with other codes, (out * in,) in uint8."""
+        buffers = (self.absmax, self.nested_absmax, self.offset)
+        packed = _pack(codes, self.bits).view(self.codes.shape)
+        return QuantizedWeight(self.shape, self.dtype, self.bits, self.block_size, packed, *buffers)
 
     def extra_repr(self) -> str:
         return f"shape={tuple(self.shape)}, bits={self.bits}, block_size={self.block_size}"
@@ -174,18 +214,18 @@ class QuantizedWeight(nn.Module):
 def quantize(W: Tensor, bits: int = 4, block_size: int = 64, double_quant: bool = True) -> QuantizedWeight:
     """Round W, (out, in) of any float dtype, to the nearest level of its block: `quantize(W).dequantize()` is Q.
 
-    4 bits: NF4 (arXiv 2305.14314) in blocks of `block_size` consecutive weights, rows joined; `double_quant` rounds the
-    scales of the blocks to 8 bits too. With bitsandbytes installed it does the work; without, the result is bit for bit the
-    same, but for double quantization on a CPU: there its look-up table misses the nearest of 256 scales 2 times in 1,000.
-    8 bits: int8 with one scale a row (the weights of LLM.int8, arXiv 2208.07339), block_size and double_quant are not used.
-    16 bits: a copy of W in its own dtype, not rounded, for plain LoRA beside the others.
+    2, 3, 4 bits: NormalFloat (arXiv 2305.14314) in blocks of `block_size` consecutive weights, rows joined; `double_quant`
+    rounds the scales of the blocks to 8 bits too. For 4 bits bitsandbytes does the work where it is installed; without, the
+    result is bit for bit the same, but for double quantization on a CPU: there its look-up table misses the nearest of 256
+    scales 2 times in 1,000. 8 bits: int8 with one scale a row (the weights of LLM.int8, arXiv 2208.07339), block_size and
+    double_quant are not used. 16 bits: a copy of W in its own dtype, not rounded, for plain LoRA beside the others.
 
     Raises ValueError if W is not a 2-D float matrix, holds NaN or inf, or bits or block_size are not supported.
     """
     if W.ndim != 2 or not W.is_floating_point() or not W.numel():
         raise ValueError(f"expected a 2-D float weight, got {W.dtype} of shape {tuple(W.shape)}")
-    if bits not in (4, 8, 16):
-        raise ValueError(f"bits must be 4, 8 or 16, got {bits}")
+    if bits not in (2, 3, 4, 8, 16):
+        raise ValueError(f"bits must be 2, 3, 4, 8 or 16, got {bits}")
     if block_size < 2 or block_size % 2:
         raise ValueError(f"block_size must be even and positive, got {block_size}")
     x = W.float()
@@ -197,22 +237,20 @@ def quantize(W: Tensor, bits: int = 4, block_size: int = 64, double_quant: bool 
         absmax = x.abs().amax(1)
         codes = (x * (127 / absmax.clamp(min=1e-36))[:, None]).round().to(torch.int8)
         return QuantizedWeight(W.shape, W.dtype, 8, None, codes, absmax)
-    if bitsandbytes and block_size in BITSANDBYTES_BLOCK_SIZES:
+    if bits == 4 and bitsandbytes and block_size in BITSANDBYTES_BLOCK_SIZES:
         codes, state = bitsandbytes.functional.quantize_4bit(
             x, blocksize=block_size, compress_statistics=double_quant, quant_type="nf4"
         )
         nested_absmax = state.state2.absmax if double_quant else None
         return QuantizedWeight(W.shape, W.dtype, 4, block_size, codes, state.absmax, nested_absmax, state.offset)
-    codes, absmax = _round_blocks(x.reshape(-1), NF4_LEVELS, block_size)
+    codes, absmax = _round_blocks(x.reshape(-1), normal_float(bits), block_size)
     if len(codes) % block_size:
         absmax[-1].clamp_(min=1e-38)  # as in bitsandbytes
-    codes = F.pad(codes, (0, len(codes) % 2), value=7)  # 7: level 0
-    codes = (codes[::2] << 4 | codes[1::2])[:, None]
-    if not double_quant:
-        return QuantizedWeight(W.shape, W.dtype, 4, block_size, codes, absmax)
-    offset = absmax.mean()
-    absmax, nested_absmax = _round_blocks(absmax - offset, DYNAMIC_MAP, 256)
-    return QuantizedWeight(W.shape, W.dtype, 4, block_size, codes, absmax, nested_absmax, offset)
+    codes, offset, nested_absmax = _pack(codes, bits), None, None
+    if double_quant:
+        offset = absmax.mean()
+        absmax, nested_absmax = _round_blocks(absmax - offset, dynamic_map(), 256)
+    return QuantizedWeight(W.shape, W.dtype, bits, block_size, codes, absmax, nested_absmax, offset)
 
 
 # --------------------------------------------------------------------------------------- 2  Initialization: E, H -> A, B
@@ -298,10 +336,10 @@ class _Problem:
                 A = _orthonormal(Y)  # (5) A = E H B (B^T H B)^-1, in another basis
         return best, errors
 
-    def exact(self) -> tuple[Tensor, float]:
+    def exact(self) -> tuple[Tensor, list[float]]:
         """The top r eigenvectors of G, (k, r), and the least possible error: half the sum of the other eigenvalues."""
         lam, U = torch.linalg.eigh(self.G)  # ascending
-        return U[:, -self.rank :], self.error(float(lam[-self.rank :].sum()))
+        return U[:, -self.rank :], [self.error(float(lam[-self.rank :].sum()))]
 
 
 @torch.no_grad()
@@ -350,15 +388,108 @@ def calibrated_error(E: Tensor, A: Tensor, B: Tensor, H: Tensor | None) -> float
     return max(0.0, float(((D if H is None else D @ H.double()) * D).sum())) / 2
 
 
-# -------------------------------------------------------------------- 3  The layer: x -> Q x + scaling * lora_B lora_A x
+# ----------------------------------------------------------------- 3  The family: W, H -> Q, A, B by three choices of parts
 
-INITS = {  # name: (how A, B are found for W - Q, rounds of that and of Q = quantize(W - A B^T) before it)
-    "quailora": ("als", 1),  # the paper
-    "exact": ("exact", 1),  # the optimum of (1): QERA, CLoQ
-    "svd": ("svd", 1),  # the optimum of (2), without data
-    "loftq": ("svd", 5),  # LoftQ, arXiv 2310.08659, without data
-    "qlora": (None, 1),  # the baseline: lora_A random, with orthonormal rows of the same size as above, lora_B zero
+INITS = {  # name: (how W is rounded, how A and B are found for W - Q, rounds of the two in turn)
+    "qlora": ("nearest", None, 1),  # the baseline: A = 0, B random normal
+    "svd": ("nearest", "svd", 1),  # LQER, arXiv 2402.02446, without its scaling: the optimum of (2)
+    "loftq": ("nearest", "svd", 5),  # LoftQ, 2310.08659
+    "quailora": ("nearest", "als", 1),  # the paper
+    "exact": ("nearest", "exact", 1),  # QERA, 2410.06040: the optimum of (1) for the nearest Q
+    "cloq": ("calibrated", "exact", 1),  # CLoQ, 2501.18475
+    "joint": ("calibrated", "als", 10),  # QuAILoRA with Q in the loop: an extension, not in the paper
 }
+
+
+def needs_data(init: str) -> bool:
+    return INITS[init][0] == "calibrated" or INITS[init][1] in ("als", "exact")
+
+
+def _feedback(H: Tensor, damping: float = 0.01) -> Tensor:
+    """What an error in the weights of input j is worth in those of the inputs after it: F, (in, in), upper triangular, 1 on
+    the diagonal. With H^-1 = U^T U, U upper triangular, F = diag(U)^-1 U (GPTQ, arXiv 2210.17323).
+
+    H is damped by a share of its mean diagonal, so it may be singular; a dead input neither gives nor takes.
+    """
+    H = H.double()
+    shift = damping * H.diagonal().mean()
+    H = (H + torch.diag((shift if shift > 0 else shift + 1).expand(len(H)))).flip(0, 1)
+    R = torch.linalg.cholesky(H).flip(0, 1)  # H = R R^T, R upper triangular, so that U = R^-1
+    U = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
+    return U / U.diagonal()[:, None]
+
+
+@torch.no_grad()
+def round_calibrated(W: Tensor, base: QuantizedWeight, feedback: Tensor) -> QuantizedWeight:
+    """Round W to the levels and scales of `base`, input by input, each rounding error made good in the inputs after it.
+
+    Gives a lower || (W - Q) X || than rounding to the nearest level does. `feedback`: see `_feedback`. In blocks of 128 inputs,
+    so that most of the work is a product of matrices.
+    """
+    levels = _table(base.bits, W.device)
+    W, scale, F_ = W.T.contiguous(), base.scale_of_each().T.to(W.dtype).contiguous(), feedback.to(W.dtype)  # (in, out)
+    divisor, codes, errors = scale.where(scale != 0, 1), torch.empty_like(W, dtype=torch.uint8), torch.empty_like(W)
+    for start in range(0, len(W), 128):
+        end = min(start + 128, len(W))
+        for j in range(start, end):
+            codes[j] = _codes(W[j] / divisor[j], levels)
+            errors[j] = W[j] - levels[codes[j].int()] * scale[j]
+            W[j + 1 : end].addr_(F_[j, j + 1 : end], errors[j], alpha=-1)
+        W[end:].addmm_(F_[start:end, end:].T, errors[start:end], alpha=-1)
+    return base.with_codes(codes.T.reshape(-1))
+
+
+@torch.no_grad()
+def initialize(
+    W: Tensor, H: Tensor | None, rank: int, init: str = "quailora", steps: int = 20, bits: int = 4, floor: bool = False,
+    **layout,
+) -> tuple[QuantizedWeight, Tensor, Tensor, dict]:  # fmt: skip
+    """Q, A (out, rank) and B (in, rank) for W, (out, in), by one of INITS.
+
+    In each of its rounds W - A B^T is rounded to Q, to the nearest level, or calibrated on H with the scales of the first
+    round; then A and B are found for W - Q. The best round counts. H: (in, in), None stands for the identity. `steps` of ALS;
+    `bits`, `layout` as for `quantize`; raises ValueError as that and `als_init`.
+
+    Returns the calibrated errors (1) too: of the nearest Q without A B^T (`quantized`), at the start (`svd`) and the end
+    (`als`) of its ALS, of the result (`initialized`), and with floor=True the least for its Q (`floor`). And the `seconds`
+    taken, without those for errors that no step needs.
+    """
+    (rounding, solver, rounds), began = INITS[init], time.perf_counter()
+    dtype, seen, low = _at_least_float32(W), H if needs_data(init) else None, W.dtype
+    plain, W = quantize(W, bits, **layout), W.to(dtype)
+    A, B, least, best = W.new_zeros(len(W), rank), W.new_zeros(W.shape[1], rank), math.inf, None
+    feedback = None
+    if rounding == "calibrated" and bits < 16:
+        feedback = _feedback(W.new_ones(W.shape[1]).diag() if seen is None else seen)
+    for turn in range(rounds):
+        if feedback is not None:
+            base = round_calibrated(W - A @ B.T, plain, feedback)
+        else:
+            base = quantize((W - A @ B.T).to(low), bits, **layout) if turn else plain
+        E, problem, reached = W - base.dequantize(dtype), None, [None]
+        if solver in ("als", "exact"):
+            problem = _Problem(E, seen, rank)
+            U, reached = problem.als(steps) if solver == "als" else problem.exact()
+            (A, B), error = problem.factors(U), min(reached)
+        else:
+            _check(E, H, rank)
+            A, B = svd_init(E, rank) if solver else (A, torch.randn_like(B))
+            error = calibrated_error(E, A, B, None)
+        if error < least:
+            least, best = error, (base, A, B, E, problem, reached)
+    (base, A, B, E, problem, reached), seconds = best, time.perf_counter() - began
+    known = problem is not None  # then it knows some errors, without further products with H
+    errors = {
+        "quantized": problem.error(0.0) if known and base is plain
+        else calibrated_error(W - plain.dequantize(dtype), 0 * A, B, H),
+        "svd": reached[0] if solver == "als" else None, "als": least if solver == "als" else None,
+        "floor": (problem or _Problem(E, H, rank)).exact()[1][0] if floor else None,
+        "initialized": least if known else calibrated_error(E, A, B, H), "seconds": seconds,
+    }  # fmt: skip
+    return base, A, B, errors
+
+
+# -------------------------------------------------------------------- 4  The layer: x -> Q x + scaling * lora_B lora_A x
 
 
 def split_product(A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -382,10 +513,6 @@ def _check_options(alpha: float, init: str, steps: int) -> None:
         raise ValueError(f"steps must not be negative, got {steps}")
 
 
-def needs_data(init: str) -> bool:
-    return INITS[init][0] in ("als", "exact")
-
-
 def _scaling(alpha: float, rank: int, rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if rslora else rank)
 
@@ -402,7 +529,8 @@ class LoRALinear(nn.Module):
     float64); `bias`, (out,) or None, is kept and frozen; `scaling` is alpha / rank, or alpha / sqrt(rank) with rsLoRA.
     """
 
-    init, report, kind = None, None, nn.Linear  # set by from_linear; kind: the class of the layer that was replaced
+    # set by from_linear; kind: the class of the layer that was replaced; own_base: whether Q is another than quantize(W)
+    init, report, kind, own_base = None, None, nn.Linear, False
 
     def __init__(self, base: QuantizedWeight, lora_A: Tensor, lora_B: Tensor, alpha: float, rslora: bool = False, bias=None):
         super().__init__()
@@ -416,45 +544,23 @@ class LoRALinear(nn.Module):
     def from_linear(
         cls, linear: nn.Module, H: Tensor | None = None, rank: int = 64, alpha: float = 16, bits: int = 4, steps: int = 20,
         init: str = "quailora", rslora: bool = False, block_size: int = 64, double_quant: bool = True, floor: bool = False,
+        W: Tensor | None = None,
     ) -> LoRALinear:  # fmt: skip
         """Quantize `linear` (nn.Linear or Conv1D) and start its adapter from H = X X^T, (in, in); None stands for the identity.
 
-        Options and errors raised as for `apply_quailora`. What that reports of a layer is kept as `report`.
+        W, (out, in): what to approximate instead of the layer's weight. Options and errors raised as for `apply_quailora`. The
+        errors of `initialize` are kept as `report`, as || (W - (Q + A B^T)) X ||_F / || W X ||_F.
         """
         _check_options(alpha, init, steps)
-        (solver, rounds), weight = INITS[init], _weight(linear)
-        W, began = weight.to(_at_least_float32(weight)), time.perf_counter()
-        A, B = W.new_zeros(len(W), rank), W.new_zeros(W.shape[1], rank)
-        for _ in range(rounds):
-            base = quantize((W - A @ B.T).to(weight.dtype), bits, block_size, double_quant)
-            E = W - base.dequantize().to(W.dtype)
-            if solver == "svd":
-                A, B = svd_init(E, rank)
-            elif solver:
-                problem = _Problem(E, H, rank)
-                U, reached = problem.als(steps) if solver == "als" else problem.exact()
-                A, B = problem.factors(U)
-            else:
-                _check(E, H, rank)
-                B.normal_()
-        lora_A, lora_B = split_product(A, B, _scaling(alpha, rank, rslora))
-        layer = cls(base, lora_A, lora_B, alpha, rslora, linear.bias).train(linear.training)
-        seconds = time.perf_counter() - began
-
-        errors = dict.fromkeys(("quantized", "svd", "als", "floor", "initialized"))
-        if needs_data(init):  # then `problem` knows them, without further products with H
-            errors["quantized"], errors["initialized"] = problem.error(0.0), min(reached) if solver == "als" else reached
-        else:
-            plain = E if rounds == 1 else W - quantize(W, bits, block_size, double_quant).dequantize().to(W.dtype)
-            errors["quantized"], errors["initialized"] = calibrated_error(plain, 0 * A, B, H), calibrated_error(E, A, B, H)
-        if solver == "als":
-            errors["svd"], errors["als"] = reached[0], min(reached)
-        if floor:
-            errors["floor"] = (problem if needs_data(init) else _Problem(plain, H, rank)).exact()[1]
+        own_base, W = W is not None or INITS[init][::2] != ("nearest", 1), _weight(linear) if W is None else W
+        base, A, B, report = initialize(W, H, rank, init, steps, bits, floor, block_size=block_size, double_quant=double_quant)
+        layer = cls(base, *split_product(A, B, _scaling(alpha, rank, rslora)), alpha, rslora, linear.bias)
+        layer.own_base = own_base
         norm = calibrated_error(W, 0 * A, B, H)
+        relative = lambda error: error and (math.sqrt(error / norm) if norm else 0.0)  # noqa: E731
+        layer.report = {key: value if key == "seconds" else relative(value) for key, value in report.items()}
         layer.init, layer.kind = init, type(linear)
-        layer.report = {key: e and (math.sqrt(e / norm) if norm else 0.0) for key, e in errors.items()} | {"seconds": seconds}
-        return layer
+        return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the dtype of x, or of autocast."""
@@ -542,6 +648,32 @@ def correlation_passes(
         yield H
 
 
+def _arguments(batch, device: torch.device) -> tuple[tuple, dict, Tensor | None]:
+    """What a model is called with for a batch, and which positions count, (batch * positions,), or None where all do."""
+    if not isinstance(batch, Mapping):
+        return tuple(x.to(device) for x in (batch if isinstance(batch, (tuple, list)) else (batch,))), {}, None
+    batch = {key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items() if key != "labels"}
+    mask = batch.get("attention_mask")
+    return (), batch, mask.bool().reshape(-1) if mask is not None and mask.ndim == 2 and not mask.all() else None
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module):
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+        model.eval()
+        yield stack
+
+
+def _reduced(H: Tensor, name: str) -> Tensor:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(H)
+    if not H.isfinite().all():
+        raise ValueError(f"{name} read NaN or inf in calibration, or values beyond the root of {H.dtype}'s largest")
+    return H
+
+
 @torch.no_grad()
 def _one_pass(model: nn.Module, batches: Iterable, layers: dict[str, nn.Module], memory: float) -> dict[str, Tensor]:
     """H of as many of the `layers` as fit in `memory`, in the order in which they are called."""
@@ -573,84 +705,125 @@ def _one_pass(model: nn.Module, batches: Iterable, layers: dict[str, nn.Module],
         with torch.autocast(x.device.type, enabled=False):
             H[name].addmm_(x.T, x)
 
-    with contextlib.ExitStack() as stack:
-        for module in model.modules():
-            stack.callback(setattr, module, "training", module.training)
-        model.eval()
+    with _evaluating(model) as stack:
         for name, layer in layers.items():
             hook = layer.register_forward_pre_hook(lambda _, args, name=name: read(name, args[0]))
             stack.callback(hook.remove)
         for batch in batches:
-            keep = None
-            if isinstance(batch, Mapping):
-                batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
-                mask = batch.get("attention_mask")
-                keep = mask.bool().reshape(-1) if mask is not None and mask.ndim == 2 and not mask.all() else None
-                body(**batch)
-            else:
-                body(*(x.to(device) for x in (batch if isinstance(batch, (tuple, list)) else (batch,))))
+            args, kwargs, keep = _arguments(batch, device)
+            body(*args, **kwargs)
     for name in layers:
         if not calls[name]:
             raise ValueError(f"{name} read nothing in calibration: is there a batch, and does the model use this layer?")
         if calls[name] != calls[source[name]]:
             raise RuntimeError(f"{name} reads the same tensor as {source[name]}, but not as often")
-    for name in (name for name in layers if name in H):  # in the same order in every process
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(H[name])
-        if not H[name].isfinite().all():
-            raise ValueError(f"{name} read NaN or inf in calibration, or values beyond the root of {H[name].dtype}'s largest")
+    H = {name: _reduced(H[name], name) for name in layers if name in H}  # in the same order in every process
     return {name: H[source[name]] for name in layers if source[name] in H}
+
+
+@torch.no_grad()
+def _one_after_the_other(model: nn.Module, batches: Iterable, layers: dict[str, nn.Module], start: Callable) -> dict:
+    """start(name, H, W) for each layer, H and W such that its LoRALinear repairs what those before it left: name -> result.
+
+    To come as close as it can to the full-precision output, from the inputs X^ that the layer gets in the model as it is
+    initialized so far, a layer solves min || W X - (Q + A B^T) X^ ||. That is (1) with H = X^ X^^T and W X X^^T H^-1 for W.
+    One forward pass over two copies of all batches: in one half of the rows the layers compute in full precision, in the other
+    as they are initialized, just before they are called.
+    """
+    device, results, known = next(model.parameters()).device, {}, WeakIdKeyDictionary()
+    pairs = [_arguments(batch, device) for batch in batches]
+    twice = lambda parts: torch.cat([*parts, *parts]) if isinstance(parts[0], Tensor) else parts[0]  # noqa: E731
+    try:
+        args = [twice(parts) for parts in zip(*(args for args, _, _ in pairs), strict=True)]
+        kwargs = {key: twice([kwargs[key] for _, kwargs, _ in pairs]) for key in pairs[0][1]}
+    except RuntimeError as error:
+        raise ValueError("sequential=True needs batches with sequences of one length") from error
+    keep = [keep for _, _, keep in pairs]
+    mask = kwargs.get("attention_mask")
+    keep = mask.bool().reshape(-1).chunk(2)[0] if any(k is not None for k in keep) else None
+
+    def forward(name: str, x: Tensor) -> Tensor:
+        layer, (full, ours) = layers[name], x.chunk(2)
+        if name not in results:
+            if x not in known:
+                X, Y = (half.reshape(-1, x.shape[-1]).to(_at_least_float32(x)) for half in (full, ours))
+                X, Y = (half if keep is None or len(keep) != len(half) else half[keep] for half in (X, Y))
+                H, C = (_reduced(half.T @ Y, name).double() for half in (Y, X))
+                damped = H + torch.diag((0.01 * H.diagonal().mean()).clamp(min=1e-30).expand(len(H)))
+                known[x] = H.to(X.dtype), torch.linalg.solve(damped, (C - H).T).T  # 0 where X = X^
+            H, shift = known[x]
+            W = _weight(layer)
+            results[name] = start(name, H, (W.double() @ shift + W.double()).to(_at_least_float32(W)))
+        return torch.cat([type(layer).forward(layer, full), results[name](ours)])
+
+    with _evaluating(model) as stack:
+        for name, layer in layers.items():
+            layer.forward = functools.partial(forward, name)
+            stack.callback(delattr, layer, "forward")
+        getattr(model, "base_model", model)(*args, **kwargs)
+    return results
 
 
 @torch.no_grad()
 def apply_quailora(
     model: nn.Module, batches: Iterable | None, rank: int = 64, alpha: float = 16, bits: int = 4, steps: int = 20,
     init: str = "quailora", rslora: bool = False, skip: Iterable[str] = (), H: dict[str, Tensor] | None = None,
-    memory: float = math.inf, floor: bool = True, progress: Callable = list, **layout,
+    memory: float = math.inf, sequential: bool = False, floor: bool = True, progress: Callable = list, **layout,
 ) -> list[dict]:  # fmt: skip
     """Replace every layer of `linear_layers(model, skip)` by a LoRALinear, in place, and freeze everything but the adapters.
 
     batches: calibration data for `input_correlations`, or None where `H` holds what that function returned or `init` needs
-    no data. memory: bytes that all H together may take, see `correlation_passes`. init: one of INITS. The product starts the
-    same for any alpha, see LoRALinear. layout: block_size and double_quant, see `quantize`. floor=False spares its
-    eigenvalues, which take longer than ALS on layers beyond about 2,000. progress wraps the list of names: tqdm, say.
+    no data. memory: bytes that all H together may take, see `correlation_passes`. init: one of INITS. sequential: each layer
+    repairs what those before it left, see `_one_after_the_other`; takes `batches` in one piece through the model, and memory
+    for that. The product starts the same for any alpha, see LoRALinear. layout: block_size and double_quant, see `quantize`.
+    floor=False spares its eigenvalues, which take longer than ALS on layers beyond about 2,000. progress wraps the list of
+    names: tqdm, say.
 
-    Returns a row for each layer: `name`, `shape` (out, in), and the error || (W - (Q + A B^T)) X ||_F / || W X ||_F without
-    an adapter (`quantized`), as it starts (`initialized`), for "quailora" at the start and end of ALS (`svd`, `als`), and the
-    least for that Q (`floor`); `seconds` to quantize and solve, without those spent on errors. None where something was not
-    computed. Without data `calibrated` is False, and X X^T the identity. Raises ValueError, with the model as it was, for
-    options out of range, an H that does not fit, and NaN or inf in a weight.
+    Returns a row for each layer: `name`, `shape` (out, in), the errors of `initialize` as || (W - (Q + A B^T)) X ||_F /
+    || W X ||_F, and `seconds`. None where something was not computed. Without data `calibrated` is False, and X X^T the
+    identity. Raises ValueError, with the model as it was, for options out of range, an H that does not fit, and NaN or inf in
+    a weight.
     """
     _check_options(alpha, init, steps)
     quantize(torch.zeros(1, 2), bits, **layout)  # raises for its options
     skip = [skip] if isinstance(skip, str) else list(skip)
     layers = checked_layers(model, rank, skip)
+    rows, waiting, order, passes = {}, {}, list(layers), [dict.fromkeys(layers)]
+
+    def start(name: str, H: Tensor | None, W: Tensor | None = None) -> LoRALinear:
+        lora = LoRALinear.from_linear(layers[name], H, rank, alpha, bits, steps, init, rslora, floor=floor, W=W, **layout)
+        rows[name] = {"name": name, "shape": list(lora.base.shape), "calibrated": H is not None, **lora.report}
+        return lora
+
+    if sequential and (batches is None or H is not None or not needs_data(init)):
+        raise ValueError(f"sequential=True needs batches, no H, and a method that uses them, not {init!r}")
     if H is not None:
         passes = [dict(H)]
         for name, layer in layers.items():
             n = _weight(layer).shape[1]
             if name not in H or H[name].shape != (n, n):
                 raise ValueError(f"H of {name} must be ({n}, {n}), got {tuple(H[name].shape) if name in H else 'nothing'}")
+    elif sequential:
+        bar = iter(progress(order))
+        waiting, passes = _one_after_the_other(model, batches, layers, lambda *args: (next(bar, None), start(*args))[1]), []
+        next(bar, None)
     elif batches is not None:
         passes = correlation_passes(model, batches, skip, memory)
     elif needs_data(init):
         raise ValueError(f"init {init!r} needs calibration data: batches or H")
-    else:
-        passes = [dict.fromkeys(layers)]
-    order, rows, waiting = list(layers), {}, {}
     for H in passes:
         names = [name for name in layers if name in H]
         last = len(rows) + len(names) == len(order)  # until then, calibration needs the full-precision model
-        if last:
-            model.requires_grad_(False)
         for name in progress(names):
-            H_layer = H.pop(name)
-            lora = LoRALinear.from_linear(layers[name], H_layer, rank, alpha, bits, steps, init, rslora, floor=floor, **layout)
-            row = {"name": name, "shape": [lora.out_features, lora.in_features], "calibrated": H_layer is not None}
-            rows[name], waiting[name] = {**row, **lora.report}, lora
+            waiting[name] = start(name, H.pop(name))
             while last and waiting:
                 done, lora = waiting.popitem()
                 _replace(model, layers.pop(done), lora)
+    for name, lora in waiting.items():
+        _replace(model, layers.pop(name), lora)
+    model.requires_grad_(False)
+    for factor in _factors(model).values():
+        factor.requires_grad_(True)
     return [rows[name] for name in order]
 
 
@@ -718,7 +891,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         "target_modules": list(layers), "bias": "none", "fan_in_fan_out": first.kind is not nn.Linear,
         "inference_mode": True, "init_lora_weights": True,
     }  # fmt: skip
-    record = {**_base_record(model), "init": first.init, "model": config["base_model_name_or_path"]}
+    record = {**_base_record(model), "init": first.init, "own_base": first.own_base, "model": config["base_model_name_or_path"]}
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, content in (
         ("adapter_model.safetensors", save(factors, {"quailora": json.dumps(record)})),
@@ -736,9 +909,58 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
             raise OSError(f"{Path(folder) / name} could not be written: {error.strerror}") from error
 
 
+def save_base(model: nn.Module, folder: str | Path) -> None:
+    """Write the rounded model of `apply_quailora` without its adapter as a checkpoint that transformers loads with bitsandbytes
+    (4 bits), for bases that are not `quantize(W)`: of loftq, cloq, joint and sequential=True. 2, 3 and 8 bits in the same keys
+    are for `load_adapter`. Needs transformers and safetensors. Raises OSError if the disk is full."""
+    layers, config = _lora_layers(model), model.config
+    tensors = {key: x for key, x in model.state_dict().items() if key.rpartition(".")[0].removesuffix(".base") not in layers}
+    for name, layer in layers.items():
+        base, key = layer.base, f"{name}.weight"
+        state = {"quant_type": f"nf{base.bits}", "blocksize": base.block_size, "shape": list(base.shape), "dtype": "float32"}
+        tensors |= {key: base.codes, f"{key}.absmax": base.absmax, f"{key}.quant_map": _table(base.bits, base.codes.device)}
+        if base.nested_absmax is not None:
+            state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": base.offset.item()}
+            tensors |= {f"{key}.nested_absmax": base.nested_absmax, f"{key}.nested_quant_map": dynamic_map()}
+        tensors[f"{key}.quant_state.bitsandbytes__nf{base.bits}"] = torch.tensor(
+            list(json.dumps(state).encode()), dtype=torch.uint8
+        )
+        if layer.bias is not None:
+            tensors[f"{name}.bias"] = layer.bias
+    config.quantization_config = {
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32",
+        "bnb_4bit_use_double_quant": base.nested_absmax is not None, "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": [n for n, m in model.named_modules() if type(m) is nn.Linear],
+    }  # fmt: skip
+    try:
+        model.save_pretrained(folder, state_dict={key: x.clone() for key, x in tensors.items()})
+    finally:
+        del config.quantization_config
+
+
+def _load_base(model: nn.Module, folder: str | Path) -> None:
+    from safetensors import safe_open
+
+    files = [safe_open(file, "pt") for file in Path(folder).glob("*.safetensors")]
+    tensors = {key: file for file in files for key in file.keys()}  # noqa: SIM118
+    for name, layer in _lora_layers(model).items():
+        base, key = layer.base, f"{name}.weight"
+        names = {"codes": key, "absmax": f"{key}.absmax", "nested_absmax": f"{key}.nested_absmax"}
+        state = f"{key}.quant_state.bitsandbytes__nf{base.bits}"
+        if key not in tensors or state not in tensors:
+            raise ValueError(f"{folder} has no {key} of {base.bits} bits")
+        for buffer, stored in names.items():
+            if getattr(base, buffer) is not None:
+                getattr(base, buffer).copy_(tensors[stored].get_tensor(stored))
+        if base.offset is not None:
+            base.offset.fill_(json.loads(bytes(tensors[state].get_tensor(state).tolist()))["nested_offset"])
+
+
 @torch.no_grad()
-def load_adapter(model: nn.Module, folder: str | Path) -> None:
+def load_adapter(model: nn.Module, folder: str | Path, base: str | Path | None = None) -> None:
     """Load what `save_adapter` wrote into a model of `apply_quailora`, or into a full-precision one, which is quantized first.
+
+    base: the folder of `save_base`, for an adapter on a base of its own.
 
     Raises ValueError, naming the difference, if the base is not the one that the adapter was made for, and if a file is
     damaged; FileNotFoundError if it is missing. Needs safetensors.
@@ -763,11 +985,14 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         if missing := [name for name in config["target_modules"] if name not in layers]:
             raise ValueError(f"the adapter has a layer {missing[0]}, which {type(model).__name__} has not")
         layout = {} if theirs["bits"] != 4 else {"block_size": theirs["block_size"], "double_quant": theirs["double_quant"]}
+        if record["own_base"] and base is None:
+            raise ValueError(f"the adapter was made for a base of its own ({record['init']}): give the folder of save_base too")
         apply_quailora(
-            model, None, config["r"], config["lora_alpha"], theirs["bits"], rslora=config["use_rslora"],
-            init="loftq" if record["init"] == "loftq" else "qlora",  # its base is not quantize(W)
+            model, None, config["r"], config["lora_alpha"], theirs["bits"], init="qlora", rslora=config["use_rslora"],
             skip=set(layers) - set(config["target_modules"]), floor=False, **layout,
         )  # fmt: skip
+    if base is not None:
+        _load_base(model, base)
     ours = _base_record(model)
     for key in theirs:
         if not math.isclose(ours[key], theirs[key], rel_tol=1e-4):
@@ -781,7 +1006,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
             raise ValueError(f"{name} is {found} in the adapter and {expected} in the model")
     model.load_state_dict(factors, strict=False)
     for layer in _lora_layers(model).values():
-        layer.alpha, layer.rslora, layer.init = config["lora_alpha"], config["use_rslora"], record["init"]
+        layer.alpha, layer.rslora = config["lora_alpha"], config["use_rslora"]
+        layer.init, layer.own_base = record["init"], record["own_base"]
         layer.scaling = _scaling(layer.alpha, layer.rank, layer.rslora)
 
 

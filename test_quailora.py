@@ -91,11 +91,11 @@ def test_double_quantization_has_the_offset_blocks_and_map_of_bitsandbytes_and_t
     ours = without_bitsandbytes(lambda: quantize(W))
     plain = without_bitsandbytes(lambda: quantize(W, double_quant=False))
     _, state = bitsandbytes.functional.quantize_4bit(W.float(), blocksize=64, quant_type="nf4", compress_statistics=True)
-    assert torch.equal(quailora.DYNAMIC_MAP, state.state2.code)
+    assert torch.equal(quailora.dynamic_map(), state.state2.code)
     assert torch.equal(ours.offset, state.offset) and torch.equal(ours.nested_absmax, state.state2.absmax)
     # nearest, by brute force over all 256 levels
     nested = ours.nested_absmax.repeat_interleave(256)[: len(plain.absmax), None]
-    candidates = quailora.DYNAMIC_MAP.double() * nested
+    candidates = quailora.dynamic_map().double() * nested
     target = (plain.absmax - ours.offset).double()[:, None]
     best = (candidates - target).abs().amin(1)
     chosen = (candidates.gather(1, ours.absmax.long()[:, None]) - target).abs()[:, 0]
@@ -127,7 +127,7 @@ def test_the_bitsandbytes_path_gives_the_base_of_a_qlora_user(W):
 def test_any_even_block_size_is_rounded_with_the_error_of_its_blocks(block_size):
     W = torch.randn(30, 50, generator=torch.Generator().manual_seed(0))
     Q = quantize(W, block_size=block_size, double_quant=False).dequantize()
-    half_gap = (quailora.NF4_LEVELS[1:] - quailora.NF4_LEVELS[:-1]).max() / 2
+    half_gap = (quailora.normal_float(4)[1:] - quailora.normal_float(4)[:-1]).max() / 2
     for block, rounded in zip(W.view(-1).split(block_size), Q.view(-1).split(block_size), strict=True):
         assert ((block - rounded).abs() <= block.abs().max() * half_gap * 1.0001).all()
 
@@ -160,7 +160,7 @@ def test_int8_equals_the_rowwise_absmax_quantization_of_bitsandbytes(W):
 @pytest.mark.parametrize(
     "W, options, message",
     [
-        (torch.ones(2, 3), {"bits": 5}, "bits must be 4, 8 or 16, got 5"),
+        (torch.ones(2, 3), {"bits": 5}, "bits must be 2, 3, 4, 8 or 16, got 5"),
         (torch.ones(2, 3), {"block_size": 3}, "block_size must be even and positive, got 3"),
         (torch.ones(4), {}, r"expected a 2-D float weight, got torch.float32 of shape \(4,\)"),
         (torch.ones(2, 3, dtype=torch.int8), {}, "expected a 2-D float weight, got torch.int8"),
@@ -472,7 +472,7 @@ def test_forward_and_gradients_equal_those_of_the_dense_weight(bits, init, conv1
     layer = LoRALinear.from_linear(linear, H, rank=8, alpha=5, bits=bits, init=init)
     nn.init.normal_(layer.lora_B)
     W = linear.weight.T if conv1d else linear.weight
-    if init != "loftq":
+    if not layer.own_base:
         assert torch.equal(layer.base.dequantize(), quantize(W, bits).dequantize())
     lora_A, lora_B = layer.lora_A.detach().clone().requires_grad_(), layer.lora_B.detach().clone().requires_grad_()
     merged = layer.base.dequantize() + 5 / 8 * lora_B @ lora_A
@@ -509,11 +509,14 @@ def test_the_product_is_split_into_an_orthonormal_in_side_at_the_norm_of_a_norma
 def test_loftq_is_five_rounds_of_quantizing_and_svd_scaled_to_the_layer():
     linear, H = make_linear(dtype=torch.float32)
     layer = LoRALinear.from_linear(linear, H, rank=8, alpha=3, init="loftq", floor=True)
-    W, product = linear.weight.detach(), 0
+    W, product, rounds = linear.weight.detach(), 0, []
     for _ in range(5):
         Q = quantize(W - product).dequantize()
         U, sigma, Vt = torch.linalg.svd(W - Q)
         product = (U[:, :8] * sigma[:8]) @ Vt[:8]
+        rounds.append(((W - Q - product).norm(), Q, product))
+    _, Q, product = min(rounds, key=lambda found: found[0])
+    assert rounds[0][1] is not Q
     assert torch.equal(layer.base.dequantize(), Q)
     assert torch.allclose(layer.merged_weight(), Q + product, atol=1e-6)
     svd = LoRALinear.from_linear(linear, H, rank=8, init="svd")
@@ -864,12 +867,12 @@ def test_layers_that_share_their_input_only_at_times_are_refused_rather_than_giv
         ({"rank": 33}, r"rank 33 is not within 1 .. min\(out, in\) = 32 of model.decoder.layers.0.self_attn.k_proj"),
         ({"rank": 0}, "rank 0"),
         ({"alpha": 0}, "alpha must be positive, got 0"),
-        ({"bits": 3}, "bits must be 4, 8 or 16, got 3"),
+        ({"bits": 5}, "bits must be 2, 3, 4, 8 or 16, got 5"),
         ({"steps": -1}, "steps must not be negative, got -1"),
         ({"skip": "model.lm"}, "nothing to skip by the name 'model.lm'"),
         ({"H": {}}, r"H of model.decoder.layers.0.self_attn.k_proj must be \(32, 32\), got nothing"),
         ({"block_size": 3}, "block_size must be even"),
-        ({"init": "pissa"}, "init must be one of quailora, exact, svd, loftq, qlora, got 'pissa'"),
+        ({"init": "pissa"}, "init must be one of qlora, svd, loftq, quailora, exact, cloq, joint, got 'pissa'"),
     ],
 )
 def test_bad_options_are_refused_before_any_work_with_the_model_as_it_was(options, message):
@@ -923,18 +926,25 @@ def test_peft_loads_the_adapter_onto_the_bitsandbytes_base_with_the_same_logits(
         assert torch.allclose(theirs(**batches[0]).logits, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("bits, init", [(4, "quailora"), (8, "quailora"), (16, "qlora"), (4, "loftq")])
+@pytest.mark.parametrize(
+    "bits, init", [(4, "quailora"), (8, "quailora"), (16, "qlora"), (4, "loftq"), (3, "joint"), (2, "cloq"), (8, "joint")]
+)
 @pytest.mark.parametrize("family", TEXT_MODELS)
 def test_a_saved_adapter_is_loaded_bit_for_bit_and_merged_into_a_model_that_transformers_loads(family, bits, init, tmp_path):
     model, batches = tiny(family), token_batches()
     apply_quailora(model, batches, rank=8, alpha=3, rslora=True, bits=bits, init=init)
     quailora.save_adapter(model, tmp_path / "adapter")
-    fresh, prepared = tiny(family), tiny(family)
-    apply_quailora(prepared, None, rank=8, init="loftq" if init == "loftq" else "qlora", bits=bits)
+    fresh, prepared, base = tiny(family), tiny(family), None
+    apply_quailora(prepared, None, rank=8, init="qlora", bits=bits)
+    if quailora.INITS[init][::2] != ("nearest", 1):
+        with pytest.raises(ValueError, match=f"a base of its own .{init}.: give the folder of save_base too"):
+            quailora.load_adapter(tiny(family), tmp_path / "adapter")
+        base = tmp_path / "base"
+        quailora.save_base(model, base)
     with torch.no_grad():
         expected = model(**batches[0]).logits
         for other in (fresh, prepared):
-            quailora.load_adapter(other, tmp_path / "adapter")
+            quailora.load_adapter(other, tmp_path / "adapter", base)
             assert torch.equal(other(**batches[0]).logits, expected)
         quailora.merge(model).save_pretrained(tmp_path / "merged")
         merged = T.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -1166,8 +1176,9 @@ def test_compare_runs_every_method_on_the_same_terms_and_goes_on_where_it_was(tm
     runs = json.loads((out / "results.json").read_text())["runs"]
     assert len(calibrations) == 2 and len(ran) == len(runs) - 5 == 2 + 7 + 1 + 2 + 2  # methods, sweep, calibration, ranks
     assert len({run["full_precision_perplexity"] for run in runs}) == 1
-    of = {name: [r for r in runs if (r["init"], r["bits"]) == kind] for name, kind in train.METHODS.items()}
-    for name in train.METHODS:
+    methods = train.compared(train.parse_args(arguments))
+    of = {name: [r for r in runs if (r["init"], r["bits"]) == kind] for name, kind in methods.items()}
+    for name in methods:
         (first, *_) = of[name]
         curve = first["perplexity"]
         assert [step for step, _ in curve] == [0, 2, 3] and curve[0][1] > curve[-1][1]
@@ -1177,7 +1188,7 @@ def test_compare_runs_every_method_on_the_same_terms_and_goes_on_where_it_was(tm
     assert of["LoRA, full precision"][0]["perplexity"][0][1] == runs[0]["full_precision_perplexity"]
     lines = capsys.readouterr().out.splitlines()
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
-    assert [row[0] for row in table[1:8]] == list(train.METHODS) and all(", at 0.01" in row[0] for row in table[9:16])
+    assert [row[0] for row in table[1:8]] == list(methods) and all(", at 0.01" in row[0] for row in table[9:16])
     assert table[17][1] == table[5][1] != table[18][1], "calibrated on the same and on another set"
     assert table[5][4] == f"{of['QuAILoRA, 4 bits'][0]['perplexity'][-1][1]:.3f}"
     assert all((out / figure).stat().st_size > 10_000 for figure in ("perplexity.png", "layers.png", "rank.png"))
@@ -1259,7 +1270,7 @@ FAULTS = {
     "rank 0": ("--rank 0", "--rank 0: expected at least 1"),
     "rank negative": ("--rank -1", "--rank -1: expected at least 1"),
     "alpha 0": ("--alpha 0", "--alpha 0.0: expected a positive number"),
-    "bits": ("--bits 5", "--bits 5: expected 4, 8 or 16"),
+    "bits": ("--bits 5", "--bits 5: expected 2, 3, 4, 8 or 16"),
     "missing data": ("--data {tmp}/none.json", "none.json: no such file"),
     "missing data, no suffix": ("--data none", "--data none: no such file"),
     "empty data": ("--data {tmp}/empty.txt", "empty.txt: the file is empty"),
@@ -1328,7 +1339,7 @@ def test_every_fault_is_one_line_and_exit_code_2(fault, opt_folder, broken, monk
 
 
 def test_debug_shows_the_traceback(opt_folder, broken):
-    with pytest.raises(ValueError, match="expected 4, 8 or 16"):
+    with pytest.raises(ValueError, match="expected 2, 3, 4, 8 or 16"):
         train.main(["--model", str(opt_folder), "--bits", "5", "--debug", "--out", str(broken / "out")])
 
 

