@@ -5,7 +5,9 @@ Sections as in quailora.py, then train.py.
 """
 
 import contextlib
+import copy
 import gc
+import itertools
 import json
 import math
 import multiprocessing
@@ -13,6 +15,7 @@ import os
 import re
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -121,6 +124,45 @@ def test_the_bitsandbytes_path_gives_the_base_of_a_qlora_user(W):
     ours = quantize(W)
     assert torch.equal(ours.codes, codes) and torch.equal(ours.dequantize().to(low.dtype), theirs)
     assert torch.equal(without_bitsandbytes(ours.dequantize).to(low.dtype), theirs), "the torch path on the same buffers"
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_normal_float_has_the_quantiles_of_its_definition_and_for_4_bits_the_published_table(bits):
+    levels, quantile = quailora.normal_float(bits), statistics.NormalDist().inv_cdf
+    assert len(levels) == 2**bits and (levels.diff() > 0).all() and levels[2 ** (bits - 1) - 1] == 0
+    most = 1 - (1 / (2 * 2**bits) + 1 / (2 * (2**bits - 1))) / 2
+    for side, n in (
+        (levels[2 ** (bits - 1) :], 2 ** (bits - 1)),
+        (-levels[: 2 ** (bits - 1) - 1].flip(0), 2 ** (bits - 1) - 1),
+    ):
+        expected = [quantile(0.5 + (most - 0.5) * i / n) / quantile(most) for i in range(1, n + 1)]
+        assert torch.allclose(side, torch.tensor(expected), rtol=1e-5)
+    if bits == 4:
+        assert torch.equal(levels, bitsandbytes.functional.get_4bit_type("nf4", device="cpu"))
+
+
+def test_codes_are_packed_without_a_gap_the_first_in_the_highest_bits():
+    codes = torch.tensor([1, 2, 3, 0, 3], dtype=torch.uint8)
+    assert quailora._pack(codes, 2).view(-1).tolist() == [0b01_10_11_00, 0b11_01_01_01], "filled up with level 0, code 1"
+    codes = torch.tensor([1, 2, 3, 4, 5, 6, 7, 0, 7], dtype=torch.uint8)
+    packed = [0b001_010_01, 0b1_100_101_1, 0b10_111_000, 0b111_011_01, 0b1_011_011_0, 0b11_011_011]
+    assert quailora._pack(codes, 3).view(-1).tolist() == packed
+    for bits in (2, 3, 4, 8):
+        codes = torch.randint(0, min(2**bits, 255), (1001,), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+        assert torch.equal(quailora._unpack(quailora._pack(codes, bits), bits, 1001), codes)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("bits, size", [(2, 250), (3, 375)])
+def test_two_and_three_bits_take_the_nearest_level_and_that_many_bits(bits, size, double_quant):
+    W = torch.randn(20, 50, generator=torch.Generator().manual_seed(0))
+    base = quantize(W, bits, double_quant=double_quant)
+    assert base.codes.numel() == size and base.codes.dtype == torch.uint8
+    grid = base.scale_of_each()[..., None] * quailora.normal_float(bits)  # (out, in, levels)
+    absmax = F.pad(W.view(-1), (0, 24)).view(-1, 64).abs().amax(1).repeat_interleave(64)[:1000].view(20, 50)
+    assert torch.allclose(base.scale_of_each(), absmax, rtol=0.04 if double_quant else 1e-6)
+    chosen = (absmax[..., None] * quailora.normal_float(bits) - W[..., None]).abs().argmin(-1, keepdim=True)
+    assert torch.equal(base.dequantize(), grid.gather(-1, chosen)[..., 0])
 
 
 @pytest.mark.parametrize("block_size", [16, 48, 64, 8192])
@@ -464,6 +506,57 @@ def make_linear(n=48, out=40, dtype=torch.float64, conv1d=False, bias=True):
     return linear.to(dtype), X @ X.T
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("n, singular", [(12, False), (12, True), (150, False)])
+def test_calibrated_rounding_makes_every_error_good_in_the_best_way_in_the_inputs_to_come(n, singular, bits):
+    """Against its definition: after each input, the weights of the rest minimize the error that is left, by a dense solve."""
+    generator = torch.Generator().manual_seed(n)
+    W, X = (torch.randn(5, n, generator=generator).double(), torch.randn(n, 2 * n, generator=generator, dtype=torch.float64))
+    if singular:
+        X[3], X[5] = 0, X[4]
+    H, base = X @ X.T, quantize(W, bits)
+    damped = H + 0.01 * H.diagonal().mean() * torch.eye(n)
+    levels, scale, rest, Q = quailora._table(bits, W.device).double(), base.scale_of_each().double(), W.clone(), W.clone()
+    for j in range(n):
+        nearest = (rest[:, j, None] - levels * scale[:, j, None]).abs().argmin(1)
+        Q[:, j] = levels[nearest] * scale[:, j]
+        if j + 1 < n:
+            done = (W - Q)[:, : j + 1]
+            rest[:, j + 1 :] = W[:, j + 1 :] + torch.linalg.solve(damped[j + 1 :, j + 1 :], damped[j + 1 :, : j + 1] @ done.T).T
+    calibrated = quailora.round_calibrated(W, base, quailora._feedback(H))
+    assert torch.allclose(calibrated.dequantize(torch.float64), Q, atol=1e-5)
+    if bits < 8:
+        nearest, ours = (calibrated_error(W - b.dequantize(torch.float64), *nothing(W), H) for b in (base, calibrated))
+        assert ours < 0.9 * nearest
+        base = quantize(W, bits, double_quant=False)
+        without_data = quailora.round_calibrated(W.float(), base, quailora._feedback(0 * H))
+        assert torch.equal(without_data.codes, base.codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("init, out", [("joint", 40), ("joint", 60), ("loftq", 40)])
+def test_the_error_never_rises_from_one_round_to_the_next(init, out, bits, monkeypatch):
+    linear, H = make_linear(out=out)
+    rounding, solver, _ = quailora.INITS[init]
+    W, errors = linear.weight.detach(), []
+    for rounds in range(1, 9):
+        monkeypatch.setitem(quailora.INITS, init, (rounding, solver, rounds))
+        base, A, B, found = quailora.initialize(W, H, 8, init, bits=bits)
+        E = W - base.dequantize(torch.float64)
+        errors.append(calibrated_error(E, A, B, H if init == "joint" else None))
+        assert found["initialized"] == pytest.approx(calibrated_error(E, A, B, H), rel=1e-6)
+    assert all(later <= earlier for earlier, later in itertools.pairwise(errors))
+    assert init == "loftq" or errors[-1] < 0.95 * errors[0]
+
+
+def test_the_family_is_ordered_as_its_parts_say():
+    linear, H = make_linear(out=60)
+    error = {init: LoRALinear.from_linear(linear, H, rank=8, init=init).report["initialized"] for init in quailora.INITS}
+    floor = LoRALinear.from_linear(linear, H, rank=8, floor=True).report["floor"]
+    assert error["qlora"] > error["svd"] > error["quailora"] > error["cloq"] > error["joint"]
+    assert error["quailora"] == pytest.approx(error["exact"], rel=1e-3) == pytest.approx(floor, rel=1e-3)
+
+
 @pytest.mark.parametrize("conv1d", [False, True])
 @pytest.mark.parametrize("init", quailora.INITS)
 @pytest.mark.parametrize("bits", [4, 8])
@@ -700,6 +793,52 @@ def test_apply_replaces_all_but_the_head_and_brings_the_outputs_closer(family):
     assert max(distance["quailora"], distance["exact"]) < distance["svd"] < distance["qlora"]
 
 
+def test_sequential_repairs_in_a_layer_what_the_layers_before_it_left():
+    """Against the optimum of || W X - (Q + A B^T) X^ || for the Q at hand, by a dense projection (reduced-rank regression)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 20), nn.ReLU(), nn.Linear(20, 16)).double()
+    batches, W = [torch.randn(100, 24).double() for _ in range(3)], model[2].weight.detach().clone()
+    data = torch.cat(batches)
+    with torch.no_grad():
+        X, full = model[:2](data).T, model(data)  # (32, 300)
+        distance = {}
+        for sequential in (False, True):
+            ours = copy.deepcopy(model)
+            rows = apply_quailora(ours, batches, rank=4, init="exact", bits=2, sequential=sequential)
+            distance[sequential] = (ours(data) - full).norm()
+        assert distance[True] < 0.95 * distance[False] and [row["name"] for row in rows] == ["0", "2", "4"]
+        Xq, layer = ours[:2](data).T, ours[2]
+        Y = W @ X - layer.base.dequantize(torch.float64) @ Xq
+        Yp = torch.linalg.lstsq(Xq.T, Y.T, driver="gelsd").solution.T @ Xq  # what any A B^T can reach
+        least = Y.square().sum() - torch.linalg.svdvals(Yp)[:4].square().sum()
+        reached = (W @ X - layer.merged_weight() @ Xq).square().sum()
+        assert least <= reached < 1.02 * least
+    with pytest.raises(ValueError, match="sequential=True needs batches, no H, and a method that uses them, not 'svd'"):
+        apply_quailora(copy.deepcopy(model), batches, rank=4, init="svd", sequential=True)
+    with pytest.raises(ValueError, match="sequences of one length"):
+        apply_quailora(tiny("opt"), [{"input_ids": torch.ones(1, n).long()} for n in (5, 6)], rank=4, sequential=True)
+
+
+@pytest.mark.parametrize("family", TEXT_MODELS)
+def test_sequential_takes_any_family_and_padding_does_not_count(family):
+    batches = token_batches()
+    unpadded = [
+        {"input_ids": ids[mask.bool()][None]}
+        for b in batches
+        for ids, mask in zip(b["input_ids"], b["attention_mask"], strict=True)
+    ]
+    with torch.no_grad():
+        full = [tiny(family)(**batch).logits for batch in unpadded]
+        distance = {}
+        for sequential in (False, True):
+            model = tiny(family)
+            rows = apply_quailora(model, batches, rank=4, bits=2, init="joint", sequential=sequential)
+            assert len(rows) == 2 * LAYERS_PER_BLOCK[family] and all(row["calibrated"] for row in rows)
+            logits = [model(**batch).logits for batch in unpadded]
+            distance[sequential] = sum((a - b).square().sum().item() for a, b in zip(logits, full, strict=True))
+    assert distance[True] < distance[False]
+
+
 @pytest.mark.parametrize("init", ["quailora", "svd", "exact"])
 def test_a_row_holds_the_errors_of_the_layer_on_the_calibration_data(init):
     batches, name = token_batches(padded=False), "model.decoder.layers.1.fc2"
@@ -901,10 +1040,12 @@ def test_weights_and_activations_that_are_not_finite_are_refused_by_name():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def nf4_base(folder):
+NF4 = T.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
+
+def nf4_base(folder, **config):
     """The base of a QLoRA user: loaded by transformers, rounded by bitsandbytes."""
-    config = T.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    model = T.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    model = T.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **config)
     for module in model.modules():  # else it computes in bfloat16 on a CPU that can, where nothing is trained
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
@@ -918,7 +1059,7 @@ def test_peft_loads_the_adapter_onto_the_bitsandbytes_base_with_the_same_logits(
     model.save_pretrained(tmp_path / "full")
     apply_quailora(model, batches, rank=8, alpha=3, rslora=rslora)
     quailora.save_adapter(model, tmp_path / "adapter")
-    base = nf4_base(tmp_path / "full")
+    base = nf4_base(tmp_path / "full", quantization_config=NF4)
     with torch.no_grad():
         expected = model(**batches[0]).logits
         assert not torch.allclose(base(**batches[0]).logits, expected, atol=1e-4), "without its adapter"
@@ -950,6 +1091,22 @@ def test_a_saved_adapter_is_loaded_bit_for_bit_and_merged_into_a_model_that_tran
         merged = T.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
         assert [type(m) for m in merged.modules()] == [type(m) for m in tiny(family).modules()]
         assert torch.allclose(merged(**batches[0]).logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("init, sequential", [("loftq", False), ("joint", False), ("quailora", True)])
+@pytest.mark.parametrize("family", TEXT_MODELS)
+def test_transformers_and_peft_load_a_base_that_is_not_the_nearest_one(family, init, sequential, tmp_path):
+    model, batches = tiny(family, width=64), token_batches(padded=False)
+    apply_quailora(model, batches, rank=8, alpha=3, init=init, sequential=sequential)
+    quailora.save_adapter(model, tmp_path / "adapter")
+    quailora.save_base(model, tmp_path / "base")
+    loaded = nf4_base(tmp_path / "base")
+    with torch.no_grad():
+        expected = model(**batches[0]).logits
+        for name, layer in quailora._lora_layers(model).items():
+            assert torch.equal(loaded.get_submodule(name).weight, layer.base.codes)
+        theirs = peft.PeftModel.from_pretrained(loaded, tmp_path / "adapter")
+        assert torch.allclose(theirs(**batches[0]).logits, expected, atol=1e-5)
 
 
 def test_an_adapter_is_refused_on_another_base_and_when_it_is_damaged(tmp_path):
@@ -1367,7 +1524,7 @@ def test_quailora_closes_most_of_the_gap_on_smollm2_before_a_single_step(tmp_pat
 def training_step(which):
     """A step of AdamW on 4 x 128 tokens with SmolLM2-135M, rank 64 on every linear layer of a 4-bit base, as a function."""
     if which == "peft + bitsandbytes":
-        model = nf4_base(train.smollm2())
+        model = nf4_base(train.smollm2(), quantization_config=NF4)
         model = peft.get_peft_model(model, peft.LoraConfig(r=64, lora_alpha=16, target_modules="all-linear"))
     else:
         model = T.AutoModelForCausalLM.from_pretrained(train.smollm2(), dtype=torch.float32)
