@@ -397,7 +397,7 @@ INITS = {  # name: (how W is rounded, how A and B are found for W - Q, rounds of
     "quailora": ("nearest", "als", 1),  # the paper
     "exact": ("nearest", "exact", 1),  # QERA, 2410.06040: the optimum of (1) for the nearest Q
     "cloq": ("calibrated", "exact", 1),  # CLoQ, 2501.18475
-    "joint": ("calibrated", "als", 10),  # QuAILoRA with Q in the loop: an extension, not in the paper
+    "joint": ("calibrated", "als", 5),  # QuAILoRA with Q in the loop: an extension, not in the paper
 }
 
 
@@ -423,14 +423,14 @@ def _feedback(H: Tensor, damping: float = 0.01) -> Tensor:
 def round_calibrated(W: Tensor, base: QuantizedWeight, feedback: Tensor) -> QuantizedWeight:
     """Round W to the levels and scales of `base`, input by input, each rounding error made good in the inputs after it.
 
-    Gives a lower || (W - Q) X || than rounding to the nearest level does. `feedback`: see `_feedback`. In blocks of 128 inputs,
+    Gives a lower || (W - Q) X || than rounding to the nearest level does. `feedback`: see `_feedback`. In blocks of 32 inputs,
     so that most of the work is a product of matrices.
     """
     levels = _table(base.bits, W.device)
     W, scale, F_ = W.T.contiguous(), base.scale_of_each().T.to(W.dtype).contiguous(), feedback.to(W.dtype)  # (in, out)
     divisor, codes, errors = scale.where(scale != 0, 1), torch.empty_like(W, dtype=torch.uint8), torch.empty_like(W)
-    for start in range(0, len(W), 128):
-        end = min(start + 128, len(W))
+    for start in range(0, len(W), 32):
+        end = min(start + 32, len(W))
         for j in range(start, end):
             codes[j] = _codes(W[j] / divisor[j], levels)
             errors[j] = W[j] - levels[codes[j].int()] * scale[j]

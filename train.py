@@ -662,7 +662,9 @@ def compared(args: argparse.Namespace) -> dict[str, tuple[str, int]]:
 
 def comparison(methods: dict[str, list[dict]]) -> list[str]:
     """Rows of a Markdown table. Gap closed: (QLoRA's perplexity - this one's) / (QLoRA's - the reference's), in means."""
+    steps = next(iter(methods.values()))[0]["perplexity"][-1][0]
     ends = [{name: [run["perplexity"][end][1] for run in runs] for name, runs in methods.items()} for end in (0, -1)]
+    ends = dict(zip((0, steps), ends, strict=True))  # one of them where nothing was trained
     base, *_, eight, full = methods
 
     def cells(values: dict, name: str):
@@ -672,16 +674,15 @@ def comparison(methods: dict[str, list[dict]]) -> list[str]:
             gap = mean[base] - mean[reference]
             yield f"{(mean[base] - mean[name]) / gap:.0%}" if gap > 0 and name != base else ""
 
-    steps = methods[base][0]["perplexity"][-1][0]
-    lines = [
-        f"| | step 0 | gap closed to 8 bits | to full precision | step {steps} | gap closed to 8 bits | to full precision "
-        "| seconds to calibrate + initialize | peak MB |", "|---" * 9 + "|",
-    ]  # fmt: skip
+    columns = [f"step {step} | gap closed to 8 bits | to full precision" for step in ends]
+    lines = ["| | " + " | ".join([*columns, "seconds to calibrate + initialize", "peak MB"]) + " |"]
+    lines.append("|---" * (lines[0].count("|") - 1) + "|")
     for name, runs in methods.items():
         initialize = sum(row["seconds"] for row in runs[0]["layers"])
         time_cell = f"{runs[0]['seconds'].get('calibrate', 0):.0f} + {initialize:.0f}"
         memory = f"{max(run['peak_memory_mb'] for run in runs):,.0f}"
-        lines.append("| " + " | ".join([name, *cells(ends[0], name), *cells(ends[1], name), time_cell, memory]) + " |")
+        values = [cell for end in ends.values() for cell in cells(end, name)]
+        lines.append("| " + " | ".join([name, *values, time_cell, memory]) + " |")
     return lines
 
 
