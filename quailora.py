@@ -427,15 +427,16 @@ def round_calibrated(W: Tensor, base: QuantizedWeight, feedback: Tensor) -> Quan
     so that most of the work is a product of matrices.
     """
     levels = _table(base.bits, W.device)
-    W, scale, F_ = W.T.contiguous(), base.scale_of_each().T.to(W.dtype).contiguous(), feedback.to(W.dtype)  # (in, out)
+    feedback, scale = feedback.to(W.dtype), base.scale_of_each().T.to(W.dtype).contiguous()  # (in, in), (in, out)
+    W = W.T.clone(memory_format=torch.contiguous_format)  # (in, out), written to
     divisor, codes, errors = scale.where(scale != 0, 1), torch.empty_like(W, dtype=torch.uint8), torch.empty_like(W)
     for start in range(0, len(W), 32):
         end = min(start + 32, len(W))
         for j in range(start, end):
             codes[j] = _codes(W[j] / divisor[j], levels)
             errors[j] = W[j] - levels[codes[j].int()] * scale[j]
-            W[j + 1 : end].addr_(F_[j, j + 1 : end], errors[j], alpha=-1)
-        W[end:].addmm_(F_[start:end, end:].T, errors[start:end], alpha=-1)
+            W[j + 1 : end].addr_(feedback[j, j + 1 : end], errors[j], alpha=-1)
+        W[end:].addmm_(feedback[start:end, end:].T, errors[start:end], alpha=-1)
     return base.with_codes(codes.T.reshape(-1))
 
 
@@ -475,7 +476,7 @@ def initialize(
             _check(E, H, rank)
             A, B = svd_init(E, rank) if solver else (A, torch.randn_like(B))
             error = calibrated_error(E, A, B, None)
-        if error < least:
+        if best is None or error < least:
             least, best = error, (base, A, B, E, problem, reached)
     (base, A, B, E, problem, reached), seconds = best, time.perf_counter() - began
     known = problem is not None  # then it knows some errors, without further products with H
