@@ -397,7 +397,7 @@ INITS = {  # name: (how W is rounded, how A and B are found for W - Q, rounds of
     "quailora": ("nearest", "als", 1),  # the paper
     "exact": ("nearest", "exact", 1),  # QERA, 2410.06040: the optimum of (1) for the nearest Q
     "cloq": ("calibrated", "exact", 1),  # CLoQ, 2501.18475
-    "joint": ("calibrated", "als", 5),  # QuAILoRA with Q in the loop: an extension, not in the paper
+    "joint": ("calibrated", "als", 4),  # QuAILoRA with Q in the loop: an extension, not in the paper
 }
 
 
@@ -405,15 +405,20 @@ def needs_data(init: str) -> bool:
     return INITS[init][0] == "calibrated" or INITS[init][1] in ("als", "exact")
 
 
-def _feedback(H: Tensor, damping: float = 0.01) -> Tensor:
-    """What an error in the weights of input j is worth in those of the inputs after it: F, (in, in), upper triangular, 1 on
-    the diagonal. With H^-1 = U^T U, U upper triangular, F = diag(U)^-1 U (GPTQ, arXiv 2210.17323).
+def feedback(H: Tensor, B: Tensor | None = None, damping: float = 0.03) -> Tensor:
+    """What an error in the weights of input j is worth in those of the inputs after it, (in, in), unit upper triangular.
 
-    H is damped by a share of its mean diagonal, so it may be singular; a dead input neither gives nor takes.
+    With H^-1 = U^T U, U upper triangular, that is diag(U)^-1 U (GPTQ, arXiv 2210.17323). With a B, (in, r), of an adapter, its
+    best A takes its part of any error, and what is left depends on H - H B (B^T H B)^-1 B^T H instead of H. Damped by a share
+    of its mean diagonal, so H may be singular; a dead input neither gives nor takes.
     """
     H = H.double()
-    shift = damping * H.diagonal().mean()
-    H = (H + torch.diag((shift if shift > 0 else shift + 1).expand(len(H)))).flip(0, 1)
+    least = 1e-9 * H.diagonal().mean()  # above the rounding errors of what follows
+    if B is not None:
+        HB = H @ (B := _orthonormal(B.double()))
+        H = H - HB @ torch.linalg.pinv(B.T @ HB, hermitian=True) @ HB.T
+    shift = damping * H.diagonal().mean().clamp(min=0) + (least if least > 0 else 1)
+    H = (H + torch.diag(shift.expand(len(H)))).flip(0, 1)
     R = torch.linalg.cholesky(H).flip(0, 1)  # H = R R^T, R upper triangular, so that U = R^-1
     U = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
     return U / U.diagonal()[:, None]
@@ -423,8 +428,7 @@ def _feedback(H: Tensor, damping: float = 0.01) -> Tensor:
 def round_calibrated(W: Tensor, base: QuantizedWeight, feedback: Tensor) -> QuantizedWeight:
     """Round W to the levels and scales of `base`, input by input, each rounding error made good in the inputs after it.
 
-    Gives a lower || (W - Q) X || than rounding to the nearest level does. `feedback`: see `_feedback`. In blocks of 32 inputs,
-    so that most of the work is a product of matrices.
+    feedback: of `feedback`. In blocks of 32 inputs, so that most of the work is a product of matrices.
     """
     levels = _table(base.bits, W.device)
     feedback, scale = feedback.to(W.dtype), base.scale_of_each().T.to(W.dtype).contiguous()  # (in, in), (in, out)
@@ -447,9 +451,10 @@ def initialize(
 ) -> tuple[QuantizedWeight, Tensor, Tensor, dict]:  # fmt: skip
     """Q, A (out, rank) and B (in, rank) for W, (out, in), by one of INITS.
 
-    In each of its rounds W - A B^T is rounded to Q, to the nearest level, or calibrated on H with the scales of the first
-    round; then A and B are found for W - Q. The best round counts. H: (in, in), None stands for the identity. `steps` of ALS;
-    `bits`, `layout` as for `quantize`; raises ValueError as that and `als_init`.
+    Nearest rounding takes W - A B^T to Q, with A, B of the round before; calibrated rounding takes W to Q, with the scales of
+    the nearest one and the feedback for that B. Then A and B are found for W - Q. Several rounds start at the nearest Q, and
+    the best of them counts. H: (in, in), None stands for the identity. `steps` of ALS; `bits`, `layout` as for `quantize`;
+    raises ValueError as that and `als_init`.
 
     Returns the calibrated errors (1) too: of the nearest Q without A B^T (`quantized`), at the start (`svd`) and the end
     (`als`) of its ALS, of the result (`initialized`), and with floor=True the least for its Q (`floor`). And the `seconds`
@@ -459,21 +464,19 @@ def initialize(
     dtype, seen, low = _at_least_float32(W), H if needs_data(init) else None, W.dtype
     plain, W = quantize(W, bits, **layout), W.to(dtype)
     A, B, least, best = W.new_zeros(len(W), rank), W.new_zeros(W.shape[1], rank), math.inf, None
-    feedback = None
-    if rounding == "calibrated" and bits < 16:
-        feedback = _feedback(W.new_ones(W.shape[1]).diag() if seen is None else seen)
+    _check(W, H, rank)
     for turn in range(rounds):
-        if feedback is not None:
-            base = round_calibrated(W - A @ B.T, plain, feedback)
+        if rounding == "calibrated" and bits < 16 and (turn or rounds == 1):
+            metric = W.new_ones(W.shape[1]).diag() if H is None else H
+            base = round_calibrated(W, plain, feedback(metric, B if turn else None))
         else:
-            base = quantize((W - A @ B.T).to(low), bits, **layout) if turn else plain
+            base = quantize((W - A @ B.T).to(low), bits, **layout) if turn and bits < 16 else plain
         E, problem, reached = W - base.dequantize(dtype), None, [None]
         if solver in ("als", "exact"):
             problem = _Problem(E, seen, rank)
             U, reached = problem.als(steps) if solver == "als" else problem.exact()
             (A, B), error = problem.factors(U), min(reached)
         else:
-            _check(E, H, rank)
             A, B = svd_init(E, rank) if solver else (A, torch.randn_like(B))
             error = calibrated_error(E, A, B, None)
         if best is None or error < least:
@@ -484,7 +487,7 @@ def initialize(
         "quantized": problem.error(0.0) if known and base is plain
         else calibrated_error(W - plain.dequantize(dtype), 0 * A, B, H),
         "svd": reached[0] if solver == "als" else None, "als": least if solver == "als" else None,
-        "floor": (problem or _Problem(E, H, rank)).exact()[1][0] if floor else None,
+        "floor": (least if solver == "exact" else (problem or _Problem(E, H, rank)).exact()[1][0]) if floor else None,
         "initialized": least if known else calibrated_error(E, A, B, H), "seconds": seconds,
     }  # fmt: skip
     return base, A, B, errors
@@ -553,10 +556,11 @@ class LoRALinear(nn.Module):
         errors of `initialize` are kept as `report`, as || (W - (Q + A B^T)) X ||_F / || W X ||_F.
         """
         _check_options(alpha, init, steps)
-        own_base, W = W is not None or INITS[init][::2] != ("nearest", 1), _weight(linear) if W is None else W
+        weight, nearest = _weight(linear), W is None and INITS[init][::2] == ("nearest", 1)
+        W = weight if W is None else W
         base, A, B, report = initialize(W, H, rank, init, steps, bits, floor, block_size=block_size, double_quant=double_quant)
         layer = cls(base, *split_product(A, B, _scaling(alpha, rank, rslora)), alpha, rslora, linear.bias)
-        layer.own_base = own_base
+        base.dtype, layer.own_base = weight.dtype, bits < 16 and not nearest
         norm = calibrated_error(W, 0 * A, B, H)
         relative = lambda error: error and (math.sqrt(error / norm) if norm else 0.0)  # noqa: E731
         layer.report = {key: value if key == "seconds" else relative(value) for key, value in report.items()}
@@ -727,32 +731,39 @@ def _one_after_the_other(model: nn.Module, batches: Iterable, layers: dict[str, 
     """start(name, H, W) for each layer, H and W such that its LoRALinear repairs what those before it left: name -> result.
 
     To come as close as it can to the full-precision output, from the inputs X^ that the layer gets in the model as it is
-    initialized so far, a layer solves min || W X - (Q + A B^T) X^ ||. That is (1) with H = X^ X^^T and W X X^^T H^-1 for W.
+    initialized so far, a layer solves min || W X - (Q + A B^T) X^ ||. That is (1) with H = X^ X^^T and W X X^^T H^-1 for W; of
+    that W, its change is damped by 1% of the mean diagonal of H. A layer that is called again keeps what its first call gave.
     One forward pass over two copies of all batches: in one half of the rows the layers compute in full precision, in the other
     as they are initialized, just before they are called.
     """
     device, results, known = next(model.parameters()).device, {}, WeakIdKeyDictionary()
-    pairs = [_arguments(batch, device) for batch in batches]
-    twice = lambda parts: torch.cat([*parts, *parts]) if isinstance(parts[0], Tensor) else parts[0]  # noqa: E731
-    try:
-        args = [twice(parts) for parts in zip(*(args for args, _, _ in pairs), strict=True)]
-        kwargs = {key: twice([kwargs[key] for _, kwargs, _ in pairs]) for key in pairs[0][1]}
-    except RuntimeError as error:
-        raise ValueError("sequential=True needs batches with sequences of one length") from error
-    keep = [keep for _, _, keep in pairs]
-    mask = kwargs.get("attention_mask")
-    keep = mask.bool().reshape(-1).chunk(2)[0] if any(k is not None for k in keep) else None
+    parts = [_arguments(batch, device) for batch in batches]
+    twice = lambda xs: torch.cat([*xs, *xs]) if isinstance(xs[0], Tensor) else xs[0]  # noqa: E731
+    if (
+        len(
+            {(*kwargs, *(x.shape[1:] for x in (*args, *kwargs.values()) if isinstance(x, Tensor))) for args, kwargs, _ in parts}
+        )
+        != 1
+    ):
+        raise ValueError("sequential=True needs batches of the same keys, with sequences of one length")
+    args = [twice(xs) for xs in zip(*(args for args, _, _ in parts), strict=True)]
+    kwargs = {key: twice([kwargs[key] for _, kwargs, _ in parts]) for key in parts[0][1]}
+    rows = next(len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+    masked = any(keep is not None for _, _, keep in parts)
+    keep = kwargs["attention_mask"].bool().reshape(-1).chunk(2)[0] if masked else None
 
     def forward(name: str, x: Tensor) -> Tensor:
-        layer, (full, ours) = layers[name], x.chunk(2)
+        if len(x) % rows:
+            raise RuntimeError(f"{name} reads {len(x)} rows for a batch of {rows}: sequential=True cannot tell whose they are")
+        layer, (full, ours), version = layers[name], x.chunk(2), 0 if x.is_inference() else x._version
         if name not in results:
-            if x not in known:
+            if known.get(x, (None,))[0] != version:
                 X, Y = (half.reshape(-1, x.shape[-1]).to(_at_least_float32(x)) for half in (full, ours))
                 X, Y = (half if keep is None or len(keep) != len(half) else half[keep] for half in (X, Y))
                 H, C = (_reduced(half.T @ Y, name).double() for half in (Y, X))
                 damped = H + torch.diag((0.01 * H.diagonal().mean()).clamp(min=1e-30).expand(len(H)))
-                known[x] = H.to(X.dtype), torch.linalg.solve(damped, (C - H).T).T  # 0 where X = X^
-            H, shift = known[x]
+                known[x] = version, H.to(X.dtype), torch.linalg.solve(damped, (C - H).T).T  # 0 where X = X^
+            _, H, shift = known[x]
             W = _weight(layer)
             results[name] = start(name, H, (W.double() @ shift + W.double()).to(_at_least_float32(W)))
         return torch.cat([type(layer).forward(layer, full), results[name](ours)])
@@ -762,6 +773,9 @@ def _one_after_the_other(model: nn.Module, batches: Iterable, layers: dict[str, 
             layer.forward = functools.partial(forward, name)
             stack.callback(delattr, layer, "forward")
         getattr(model, "base_model", model)(*args, **kwargs)
+    for name in layers:
+        if name not in results:
+            raise ValueError(f"{name} read nothing in calibration: does the model use this layer?")
     return results
 
 
@@ -821,7 +835,7 @@ def apply_quailora(
                 done, lora = waiting.popitem()
                 _replace(model, layers.pop(done), lora)
     for name, lora in waiting.items():
-        _replace(model, layers.pop(name), lora)
+        _replace(model, layers[name], lora.train(layers[name].training))
     model.requires_grad_(False)
     for factor in _factors(model).values():
         factor.requires_grad_(True)
@@ -915,6 +929,8 @@ def save_base(model: nn.Module, folder: str | Path) -> None:
     (4 bits), for bases that are not `quantize(W)`: of loftq, cloq, joint and sequential=True. 2, 3 and 8 bits in the same keys
     are for `load_adapter`. Needs transformers and safetensors. Raises OSError if the disk is full."""
     layers, config = _lora_layers(model), model.config
+    if not layers or next(iter(layers.values())).base.bits == 16:
+        raise ValueError(f"{type(model).__name__} has no rounded weights to save")
     tensors = {key: x for key, x in model.state_dict().items() if key.rpartition(".")[0].removesuffix(".base") not in layers}
     for name, layer in layers.items():
         base, key = layer.base, f"{name}.weight"
@@ -931,7 +947,9 @@ def save_base(model: nn.Module, folder: str | Path) -> None:
     config.quantization_config = {
         "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32",
         "bnb_4bit_use_double_quant": base.nested_absmax is not None, "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": [n for n, m in model.named_modules() if type(m) is nn.Linear],
+        "llm_int8_skip_modules": [
+            name for name, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"
+        ],
     }  # fmt: skip
     try:
         model.save_pretrained(folder, state_dict={key: x.clone() for key, x in tensors.items()})
@@ -946,13 +964,16 @@ def _load_base(model: nn.Module, folder: str | Path) -> None:
     tensors = {key: file for file in files for key in file.keys()}  # noqa: SIM118
     for name, layer in _lora_layers(model).items():
         base, key = layer.base, f"{name}.weight"
-        names = {"codes": key, "absmax": f"{key}.absmax", "nested_absmax": f"{key}.nested_absmax"}
         state = f"{key}.quant_state.bitsandbytes__nf{base.bits}"
         if key not in tensors or state not in tensors:
             raise ValueError(f"{folder} has no {key} of {base.bits} bits")
-        for buffer, stored in names.items():
-            if getattr(base, buffer) is not None:
-                getattr(base, buffer).copy_(tensors[stored].get_tensor(stored))
+        stored = {"codes": key, "absmax": f"{key}.absmax", "nested_absmax": f"{key}.nested_absmax"}
+        stored = {buffer: tensors[k].get_tensor(k) for buffer, k in stored.items() if k in tensors}
+        ours = {buffer: getattr(base, buffer) for buffer in stored if getattr(base, buffer) is not None}
+        if {k: (x.shape, x.dtype) for k, x in stored.items()} != {k: (x.shape, x.dtype) for k, x in ours.items()}:
+            raise ValueError(f"{key} in {folder} was rounded in another block size, or with another double quantization")
+        for buffer, x in stored.items():
+            ours[buffer].copy_(x)
         if base.offset is not None:
             base.offset.fill_(json.loads(bytes(tensors[state].get_tensor(state).tolist()))["nested_offset"])
 
@@ -981,13 +1002,14 @@ def load_adapter(model: nn.Module, folder: str | Path, base: str | Path | None =
         raise FileNotFoundError(f"{file} is missing") from None
     except (json.JSONDecodeError, KeyError, SafetensorError) as error:
         raise ValueError(f"{file} is damaged or was not written by save_adapter: {error!r}") from error
-    if not _lora_layers(model):
+    prepared = _lora_layers(model).values()
+    if record.get("own_base") and base is None and not (prepared and all(layer.own_base for layer in prepared)):
+        raise ValueError(f"the adapter was made for a base of its own ({record['init']}): give the folder of save_base too")
+    if not prepared:
         layers = linear_layers(model)
         if missing := [name for name in config["target_modules"] if name not in layers]:
             raise ValueError(f"the adapter has a layer {missing[0]}, which {type(model).__name__} has not")
-        layout = {} if theirs["bits"] != 4 else {"block_size": theirs["block_size"], "double_quant": theirs["double_quant"]}
-        if record["own_base"] and base is None:
-            raise ValueError(f"the adapter was made for a base of its own ({record['init']}): give the folder of save_base too")
+        layout = {} if theirs["bits"] > 4 else {"block_size": theirs["block_size"], "double_quant": theirs["double_quant"]}
         apply_quailora(
             model, None, config["r"], config["lora_alpha"], theirs["bits"], init="qlora", rslora=config["use_rslora"],
             skip=set(layers) - set(config["target_modules"]), floor=False, **layout,
@@ -1008,7 +1030,7 @@ def load_adapter(model: nn.Module, folder: str | Path, base: str | Path | None =
     model.load_state_dict(factors, strict=False)
     for layer in _lora_layers(model).values():
         layer.alpha, layer.rslora = config["lora_alpha"], config["use_rslora"]
-        layer.init, layer.own_base = record["init"], record["own_base"]
+        layer.init, layer.own_base = record["init"], bool(record.get("own_base"))
         layer.scaling = _scaling(layer.alpha, layer.rank, layer.rslora)
 
 

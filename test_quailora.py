@@ -515,7 +515,7 @@ def test_calibrated_rounding_makes_every_error_good_in_the_best_way_in_the_input
     if singular:
         X[3], X[5] = 0, X[4]
     H, base = X @ X.T, quantize(W, bits)
-    damped = H + 0.01 * H.diagonal().mean() * torch.eye(n)
+    damped = H + 0.03 * H.diagonal().mean() * torch.eye(n)
     levels, scale, rest, Q = quailora._table(bits, W.device).double(), base.scale_of_each().double(), W.clone(), W.clone()
     for j in range(n):
         nearest = (rest[:, j, None] - levels * scale[:, j, None]).abs().argmin(1)
@@ -523,13 +523,13 @@ def test_calibrated_rounding_makes_every_error_good_in_the_best_way_in_the_input
         if j + 1 < n:
             done = (W - Q)[:, : j + 1]
             rest[:, j + 1 :] = W[:, j + 1 :] + torch.linalg.solve(damped[j + 1 :, j + 1 :], damped[j + 1 :, : j + 1] @ done.T).T
-    calibrated = quailora.round_calibrated(W, base, quailora._feedback(H))
+    calibrated = quailora.round_calibrated(W, base, quailora.feedback(H))
     assert torch.allclose(calibrated.dequantize(torch.float64), Q, atol=1e-5)
     if bits < 8:
         nearest, ours = (calibrated_error(W - b.dequantize(torch.float64), *nothing(W), H) for b in (base, calibrated))
         assert ours < 0.9 * nearest
         base = quantize(W, bits, double_quant=False)
-        without_data = quailora.round_calibrated(W.float(), base, quailora._feedback(0 * H))
+        without_data = quailora.round_calibrated(W.float(), base, quailora.feedback(0 * H))
         assert torch.equal(without_data.codes, base.codes)
 
 
@@ -817,26 +817,26 @@ def test_sequential_repairs_in_a_layer_what_the_layers_before_it_left():
         apply_quailora(copy.deepcopy(model), batches, rank=4, init="svd", sequential=True)
     with pytest.raises(ValueError, match="sequences of one length"):
         apply_quailora(tiny("opt"), [{"input_ids": torch.ones(1, n).long()} for n in (5, 6)], rank=4, sequential=True)
+    half = tiny("llama").to(torch.bfloat16)
+    apply_quailora(half, token_batches(padded=False), rank=4, sequential=True)
+    assert half(**token_batches()[0]).logits.dtype == quailora.merge(half)(**token_batches()[0]).logits.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("family", TEXT_MODELS)
 def test_sequential_takes_any_family_and_padding_does_not_count(family):
-    batches = token_batches()
-    unpadded = [
-        {"input_ids": ids[mask.bool()][None]}
-        for b in batches
-        for ids, mask in zip(b["input_ids"], b["attention_mask"], strict=True)
-    ]
+    batches = token_batches(padded=False)
+    padded = [{key: F.pad(x, (0, 7)) for key, x in batch.items()} for batch in batches]
     with torch.no_grad():
-        full = [tiny(family)(**batch).logits for batch in unpadded]
-        distance = {}
-        for sequential in (False, True):
+        full, distance = [tiny(family)(**batch).logits for batch in batches], {}
+        for data, sequential in ((batches, False), (batches, True), (padded, True)):
             model = tiny(family)
-            rows = apply_quailora(model, batches, rank=4, bits=2, init="joint", sequential=sequential)
+            rows = apply_quailora(model.train(), data, rank=4, bits=2, init="joint", sequential=sequential)
             assert len(rows) == 2 * LAYERS_PER_BLOCK[family] and all(row["calibrated"] for row in rows)
-            logits = [model(**batch).logits for batch in unpadded]
-            distance[sequential] = sum((a - b).square().sum().item() for a, b in zip(logits, full, strict=True))
-    assert distance[True] < distance[False]
+            assert all(module.training for module in model.modules())
+            logits = [model.eval()(**batch).logits for batch in batches]
+            distance[data is padded, sequential] = sum((a - b).square().sum().item() for a, b in zip(logits, full, strict=True))
+    assert distance[False, True] < distance[False, False]
+    assert distance[True, True] == pytest.approx(distance[False, True], rel=0.02), "7 of 27 positions"
 
 
 @pytest.mark.parametrize("init", ["quailora", "svd", "exact"])
@@ -1067,9 +1067,7 @@ def test_peft_loads_the_adapter_onto_the_bitsandbytes_base_with_the_same_logits(
         assert torch.allclose(theirs(**batches[0]).logits, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "bits, init", [(4, "quailora"), (8, "quailora"), (16, "qlora"), (4, "loftq"), (3, "joint"), (2, "cloq"), (8, "joint")]
-)
+@pytest.mark.parametrize("bits, init", [(4, "quailora"), (8, "joint"), (16, "qlora"), (4, "loftq"), (3, "cloq")])
 @pytest.mark.parametrize("family", TEXT_MODELS)
 def test_a_saved_adapter_is_loaded_bit_for_bit_and_merged_into_a_model_that_transformers_loads(family, bits, init, tmp_path):
     model, batches = tiny(family), token_batches()
@@ -1123,6 +1121,17 @@ def test_an_adapter_is_refused_on_another_base_and_when_it_is_damaged(tmp_path):
             quailora.load_adapter(other, tmp_path)
 
     refused("another base: bits 4, and here 8", rank=8, bits=8)
+    of_its_own = tiny("opt")
+    apply_quailora(of_its_own, token_batches(padded=False), rank=8, sequential=True)
+    quailora.save_adapter(of_its_own, tmp_path / "own")
+    quailora.save_base(of_its_own, tmp_path / "base")
+    nearest, other_scales = tiny("opt"), tiny("opt")
+    apply_quailora(nearest, None, rank=8, init="qlora")
+    with pytest.raises(ValueError, match="a base of its own .quailora.: give the folder of save_base too"):
+        quailora.load_adapter(nearest, tmp_path / "own")
+    apply_quailora(other_scales, None, rank=8, init="qlora", double_quant=False)
+    with pytest.raises(ValueError, match="was rounded in another block size, or with another double quantization"):
+        quailora.load_adapter(other_scales, tmp_path / "own", tmp_path / "base")
     refused("another base: block_size 64, and here 128", rank=8, block_size=128)
     refused("another base: double_quant True, and here False", rank=8, double_quant=False)
     refused(
@@ -1354,7 +1363,9 @@ def test_compare_runs_every_method_on_the_same_terms_and_goes_on_where_it_was(tm
     assert not ran
     for done in runs:  # a run that was made before an option existed had its default
         del done["settings"]["als_steps"]
-    (out / "results.json").write_text(json.dumps({"common": {}, "runs": runs}))
+    held = json.loads((out / "results.json").read_text()) | {"runs": runs}
+    del held["common"]["als_steps"]
+    (out / "results.json").write_text(json.dumps(held))
     train.main(arguments)
     assert not ran
     with pytest.raises(SystemExit, match="2"):

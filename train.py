@@ -18,6 +18,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -272,6 +273,10 @@ def check_options(args: argparse.Namespace) -> None:
             raise ValueError(f"--{option.replace('_', '-')} {value}: expected a positive number")
     if args.bits not in (2, 3, 4, 8, 16):
         raise ValueError(f"--bits {args.bits}: expected 2, 3, 4, 8 or 16")
+    if args.compare and args.bits > 4:
+        raise ValueError(f"--compare --bits {args.bits}: expected 2, 3 or 4; 8 and 16 are the references")
+    if args.compare and (args.ranks or args.calibrations) and not {"qlora", "quailora"} <= {*args.methods}:
+        raise ValueError(f"--methods {' '.join(args.methods)}: --ranks and --calibrations need qlora and quailora")
     if args.compare and "RANK" in os.environ:
         raise ValueError("--compare starts one process after the other: give it to python, not to torchrun")
     if MAIN and held(args.out) and not (args.resume or args.overwrite):
@@ -348,6 +353,10 @@ def whole(file: Path):
 def write_json(file: Path, content: dict) -> None:
     with whole(file) as partial:
         partial.write_text(json.dumps(content, indent=1))
+
+
+def file_name(value) -> str:
+    return re.sub(r"[^\w.]", "_", str(value))
 
 
 def settings(args: argparse.Namespace) -> dict:
@@ -499,7 +508,7 @@ def run(args: argparse.Namespace) -> dict:
             load_adapter(model, args.out / "start", base if base.exists() else None)
     else:
         full = args.shared and args.shared / "full-precision.json"
-        correlations = args.shared and args.shared / f"H-{Path(args.calibration_data or args.data).stem}.safetensors"
+        correlations = args.shared and args.shared / f"H-{file_name(args.calibration_data or args.data)}.safetensors"
         with phase("evaluate"):
             known = full and full.exists()
             result["full_precision_perplexity"] = json.loads(full.read_text())["perplexity"] if known else evaluate()
@@ -580,12 +589,13 @@ def compare(args: argparse.Namespace) -> list[dict]:
     args.selection, finished, runs = args.validation, args.out / "results.json", []
     varied = {"init", "bits", "seed", "lr", "rank", "steps", "calibration_data"}
     common = {key: value for key, value in settings(args).items() if key not in varied}
+    default = settings(parse_args([]))  # what an option was for a run that is older than it
     if finished.exists():
         with naming(finished, "could not be read"):
             held_common, runs = (json.loads(finished.read_text())[key] for key in ("common", "runs"))
         for key, value in common.items():
-            if held_common.get(key, value) != value:
-                raise ValueError(f"--out {args.out} holds runs with {key} {held_common[key]}, not {value}")
+            if (found := held_common.get(key, default[key])) != value:
+                raise ValueError(f"--out {args.out} holds runs with {key} {found}, not {value}")
     args.out.mkdir(parents=True, exist_ok=True)
 
     def save():
@@ -599,9 +609,9 @@ def compare(args: argparse.Namespace) -> list[dict]:
             job.shared = args.out / "runs" / "shared"
             job.shared.mkdir(parents=True, exist_ok=True)
         for done in runs:
-            if settings(job) == settings(job) | done["settings"]:  # an option that is newer than a run had its default
+            if settings(job) == default | done["settings"]:
                 return done
-        job.out = args.out / "runs" / "-".join(f"{key}-{Path(str(getattr(job, key))).name}" for key in sorted(varied))
+        job.out = args.out / "runs" / "-".join(f"{key}-{file_name(getattr(job, key))}" for key in sorted(varied))
         print(f"\n=== run {len(runs) + 1}: {', '.join(f'{key} {value}' for key, value in changes.items())}", flush=True)
         process = multiprocessing.get_context("spawn").Process(target=attempt, args=(run, job))
         process.start()
