@@ -50,7 +50,7 @@ try:  # rounds and unrounds 4-bit weights where it is installed, so that the bas
 except ImportError:
     bitsandbytes = None
 
-# ----------------------------------------------------------------------------------------------- 1  Quantization: W -> Q
+# ---------------------------------------------------------------------------------------------- 1  Quantization: W -> Q
 
 BITSANDBYTES_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -253,7 +253,7 @@ def quantize(W: Tensor, bits: int = 4, block_size: int = 64, double_quant: bool 
     return QuantizedWeight(W.shape, W.dtype, bits, block_size, codes, absmax, nested_absmax, offset)
 
 
-# --------------------------------------------------------------------------------------- 2  Initialization: E, H -> A, B
+# ----------------------------------------------------------------------------------- 2  The low-rank part: E, H -> A, B
 
 
 def _check(E: Tensor, H: Tensor | None, rank: int) -> None:
@@ -388,7 +388,7 @@ def calibrated_error(E: Tensor, A: Tensor, B: Tensor, H: Tensor | None) -> float
     return max(0.0, float(((D if H is None else D @ H.double()) * D).sum())) / 2
 
 
-# ----------------------------------------------------------------- 3  The family: W, H -> Q, A, B by three choices of parts
+# ------------------------------------------------------------- 3  The family: W, H -> Q, A, B by three choices of parts
 
 INITS = {  # name: (how W is rounded, how A and B are found for W - Q, rounds of the two in turn)
     "qlora": ("nearest", None, 1),  # the baseline: A = 0, B random normal
@@ -493,7 +493,7 @@ def initialize(
     return base, A, B, errors
 
 
-# -------------------------------------------------------------------- 4  The layer: x -> Q x + scaling * lora_B lora_A x
+# ------------------------------------------------------------------- 4  The layer: x -> Q x + scaling * lora_B lora_A x
 
 
 def split_product(A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -587,7 +587,7 @@ class LoRALinear(nn.Module):
         )
 
 
-# ------------------------------------------------------------------------------------------------------- 4  Whole models
+# ------------------------------------------------------------------------------------------------------ 5  Whole models
 
 
 def linear_layers(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Module]:
@@ -870,7 +870,7 @@ def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-# ------------------------------------------------------------------------------------------------ 5  The adapter on disk
+# ----------------------------------------------------------------------------------------------------------- 6  On disk
 
 
 def _base_record(model: nn.Module) -> dict:
@@ -1034,7 +1034,7 @@ def load_adapter(model: nn.Module, folder: str | Path, base: str | Path | None =
         layer.scaling = _scaling(layer.alpha, layer.rank, layer.rslora)
 
 
-# ---------------------------------------------------------------------- `python quailora.py`: what a start costs by size
+# --------------------------------------------------------------------- `python quailora.py`: what a start costs by size
 
 
 def _peak_mb(call: Callable) -> tuple[float, object]:
