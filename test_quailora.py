@@ -1376,6 +1376,25 @@ def test_compare_runs_every_method_on_the_same_terms_and_goes_on_where_it_was(tm
     assert "holds a comparison: give --compare" in capsys.readouterr().err
 
 
+def test_a_run_on_a_base_of_its_own_is_gone_on_with_and_leaves_base_and_adapter(tmp_path, monkeypatch):
+    broken_model(tmp_path / "llama", family="llama")
+    arguments = ["--model", str(tmp_path / "llama"), *TINY_RUN, "--init", "joint", "--bits", "3"]
+    train.main([*arguments, "--out", str(tmp_path / "whole")])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="2"):
+        patch.setattr(transformers.Trainer, "train", lambda *_, **__: (_ for _ in ()).throw(OSError("stopped")))
+        train.main([*arguments, "--out", str(tmp_path / "stopped")])
+    train.main([*arguments, "--out", str(tmp_path / "stopped"), "--resume"])
+    whole, resumed = (json.loads((tmp_path / out / "results.json").read_text())["runs"][0] for out in ("whole", "stopped"))
+    assert whole["perplexity"] == resumed["perplexity"]
+    adapters = [(tmp_path / out / "adapter/adapter_model.safetensors").read_bytes() for out in ("whole", "stopped")]
+    assert adapters[0] == adapters[1]
+    models = [T.AutoModelForCausalLM.from_pretrained(tmp_path / "llama") for _ in range(2)]
+    for model, out in zip(models, ("whole", "stopped"), strict=True):
+        quailora.load_adapter(model, tmp_path / out / "adapter", tmp_path / out / "base")
+    with torch.no_grad():
+        assert torch.equal(*(model(**token_batches()[0]).logits for model in models))
+
+
 def test_gap_closed_is_that_of_the_paper_in_means_over_seeds():
     def runs(*ends):
         rest = {"layers": [{"seconds": 2.0}], "seconds": {"calibrate": 3.0}, "peak_memory_mb": 5.0}
