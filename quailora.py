@@ -59,23 +59,22 @@ BITSANDBYTES_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 def normal_float(bits: int) -> Tensor:
     """The 2^bits levels of NormalFloat (arXiv 2305.14314, appendix E), ascending: quantiles of a normal distribution, scaled
     to [-1, 1], 2^(bits-1) above an exact zero and one fewer below. For 4 bits the table of bitsandbytes, NF4."""
-    half, most = 2 ** (bits - 1), round(1 - (2.0 ** -(bits + 1) + 0.5 / (2**bits - 1)) / 2, 7)  # 7 digits, and float32 on
-    share = [
-        torch.linspace(most, 0.5, n + 1, dtype=torch.float32)[:-1].double() for n in (half, half - 1)
-    ]  # the way: as theirs
+    # most: rounded to 7 digits, and float32 where bitsandbytes has it, for its table to the last bit
+    half, most = 2 ** (bits - 1), round(1 - (2.0 ** -(bits + 1) + 0.5 / (2**bits - 1)) / 2, 7)
+    share = (torch.linspace(most, 0.5, n + 1, dtype=torch.float32)[:-1].double() for n in (half, half - 1))
     above, below = (torch.special.ndtri(p).float() for p in share)
     return torch.cat([-below, above.new_zeros(1), above.flip(0)]) / above[0]
 
 
 @functools.cache
-def dynamic_map() -> Tensor:
+def dynamic_map(device: torch.device | None = None) -> Tensor:
     """The 256 levels for scales (arXiv 1511.04561): 0, 1, and 2^i cell centers in the decade below 10^(i-6), i < 7, signed."""
     levels = [0.0, 1.0]
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
         centers = 10 ** (i - 6) * (edges[:-1] + edges[1:]) / 2
         levels += centers.tolist() + (-centers).tolist()
-    return torch.tensor(sorted(levels), dtype=torch.float32)
+    return torch.tensor(sorted(levels), dtype=torch.float32, device=device)
 
 
 @functools.cache
@@ -84,13 +83,8 @@ def _table(bits: int, device: torch.device) -> Tensor:
     return (torch.arange(-127, 128) / 127 if bits == 8 else normal_float(bits)).to(device)
 
 
-def _codes(x: Tensor, levels: Tensor) -> Tensor:
-    """uint8 indices of the levels nearest to x, at a tie the lower one."""
-    return torch.bucketize(x, (levels[:-1] + levels[1:]) / 2, out_int32=True).to(torch.uint8)
-
-
 def _round_blocks(x: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Scale each block of a flat float32 x to [-1, 1] and take the nearest level.
+    """Scale each block of a flat float32 x to [-1, 1] and take the nearest level, at a tie the lower one.
 
     Returns uint8 codes (x.numel(),) and the float32 scales (blocks,), the largest magnitude of each block.
     """
@@ -100,7 +94,8 @@ def _round_blocks(x: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, T
     scaled = blocks * (1 / size)[:, None]
     if len(x) % block_size:  # bitsandbytes divides in a trailing partial block; the last bit can differ
         scaled[-1] = blocks[-1] / size[-1]
-    return _codes(scaled.view(-1)[: len(x)], levels.to(x.device)), absmax
+    midpoints = ((levels[:-1] + levels[1:]) / 2).to(x.device)
+    return torch.bucketize(scaled.view(-1)[: len(x)], midpoints, out_int32=True).to(torch.uint8), absmax
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
@@ -164,7 +159,7 @@ class QuantizedWeight(nn.Module):
             return None
         QuantState, nested = bitsandbytes.functional.QuantState, None
         if self.nested_absmax is not None:
-            levels = dynamic_map().to(self.codes.device)
+            levels = dynamic_map(self.codes.device)
             nested = QuantState(self.nested_absmax, code=levels, blocksize=256, dtype=torch.float32)
         return QuantState(self.absmax, shape, None, self.block_size, "nf4", dtype, self.offset, nested)
 
@@ -180,7 +175,7 @@ class QuantizedWeight(nn.Module):
         if self.nested_absmax is None:
             return self.absmax
         nested = self.nested_absmax.repeat_interleave(256)[: len(self.absmax)]
-        return dynamic_map().to(nested.device)[self.absmax.int()] * nested + self.offset
+        return dynamic_map(nested.device)[self.absmax.int()] * nested + self.offset
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Q, (out, in), computed in float32 and rounded to `dtype` (default: the dtype of W)."""
@@ -431,13 +426,14 @@ def round_calibrated(W: Tensor, base: QuantizedWeight, feedback: Tensor) -> Quan
     feedback: of `feedback`. In blocks of 32 inputs, so that most of the work is a product of matrices.
     """
     levels = _table(base.bits, W.device)
+    midpoints = (levels[:-1] + levels[1:]) / 2
     feedback, scale = feedback.to(W.dtype), base.scale_of_each().T.to(W.dtype).contiguous()  # (in, in), (in, out)
     W = W.T.clone(memory_format=torch.contiguous_format)  # (in, out), written to
     divisor, codes, errors = scale.where(scale != 0, 1), torch.empty_like(W, dtype=torch.uint8), torch.empty_like(W)
     for start in range(0, len(W), 32):
         end = min(start + 32, len(W))
         for j in range(start, end):
-            codes[j] = _codes(W[j] / divisor[j], levels)
+            codes[j] = torch.bucketize(W[j] / divisor[j], midpoints, out_int32=True)
             errors[j] = W[j] - levels[codes[j].int()] * scale[j]
             W[j + 1 : end].addr_(feedback[j, j + 1 : end], errors[j], alpha=-1)
         W[end:].addmm_(feedback[start:end, end:].T, errors[start:end], alpha=-1)
@@ -662,6 +658,13 @@ def _arguments(batch, device: torch.device) -> tuple[tuple, dict, Tensor | None]
     return (), batch, mask.bool().reshape(-1) if mask is not None and mask.ndim == 2 and not mask.all() else None
 
 
+def _tokens(x: Tensor, keep: Tensor | None) -> Tensor:
+    """What a layer read, (..., in), as (tokens, in) in float32 at least, without the positions that do not count."""
+    x = x.reshape(-1, x.shape[-1])
+    x = x if keep is None or len(keep) != len(x) else x[keep]
+    return x.to(_at_least_float32(x))
+
+
 @contextlib.contextmanager
 def _evaluating(model: nn.Module):
     with contextlib.ExitStack() as stack:
@@ -696,9 +699,7 @@ def _one_pass(model: nn.Module, batches: Iterable, layers: dict[str, nn.Module],
             raise RuntimeError(f"{name} reads the same tensor as {source[name]} in one call, as {reader} in another")
         if reader != name or name in put_off:
             return
-        x = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        x = x if keep is None or len(keep) != len(x) else x[keep]
-        x = x.to(_at_least_float32(x))
+        x = _tokens(x, keep)
         if name not in H:
             need = x.shape[1] ** 2 * x.element_size()
             if sum(M.nbytes for M in H.values()) + need > memory:
@@ -758,8 +759,7 @@ def _one_after_the_other(model: nn.Module, batches: Iterable, layers: dict[str, 
         layer, (full, ours), version = layers[name], x.chunk(2), 0 if x.is_inference() else x._version
         if name not in results:
             if known.get(x, (None,))[0] != version:
-                X, Y = (half.reshape(-1, x.shape[-1]).to(_at_least_float32(x)) for half in (full, ours))
-                X, Y = (half if keep is None or len(keep) != len(half) else half[keep] for half in (X, Y))
+                X, Y = _tokens(full, keep), _tokens(ours, keep)
                 H, C = (_reduced(half.T @ Y, name).double() for half in (Y, X))
                 damped = H + torch.diag((0.01 * H.diagonal().mean()).clamp(min=1e-30).expand(len(H)))
                 known[x] = version, H.to(X.dtype), torch.linalg.solve(damped, (C - H).T).T  # 0 where X = X^
