@@ -78,8 +78,11 @@ def dynamic_map(device: torch.device | None = None) -> Tensor:
 
 
 @functools.cache
-def _table(bits: int, device: torch.device) -> Tensor:
-    """Levels of a weight of so many bits on a device, copied there once: NormalFloat, or for 8 bits those of int8 over 127."""
+def _table(bits: int, device: torch.device, whole: bool = False) -> Tensor:
+    """Levels of a weight of so many bits on a device, copied there once: NormalFloat, for 8 bits those of int8 over 127, or the
+    whole numbers from 0 on."""
+    if whole:
+        return torch.arange(2**bits, dtype=torch.float32, device=device)
     return (torch.arange(-127, 128) / 127 if bits == 8 else normal_float(bits)).to(device)
 
 
@@ -101,8 +104,6 @@ def _round_blocks(x: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, T
 def _pack(codes: Tensor, bits: int) -> Tensor:
     """Codes (n,) below 2^bits as bytes (ceil(n bits / 8), 1), the first code in the highest bits: a byte holds 4 codes of 2
     bits or 2 of 4, three bytes 8 of 3. The rest is filled up with the code of level 0."""
-    if bits == 8:
-        return (codes.int() - 127).to(torch.int8)
     codes_in, bytes_in = math.lcm(bits, 8) // bits, math.lcm(bits, 8) // 8  # of a word
     codes = F.pad(codes, (0, -len(codes) % codes_in), value=2 ** (bits - 1) - 1).view(-1, codes_in)
     word = sum(codes[:, i].int() << bits * (codes_in - 1 - i) for i in range(codes_in))
@@ -111,8 +112,6 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
 
 def _unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     """The codes (n,) that `_pack` was given, as uint8."""
-    if bits == 8:
-        return (packed.view(-1).int() + 127).to(torch.uint8)
     codes_in, bytes_in = math.lcm(bits, 8) // bits, math.lcm(bits, 8) // 8
     word = packed.view(-1, bytes_in)
     word = word[:, 0] if bytes_in == 1 else sum(word[:, i].int() << 8 * (bytes_in - 1 - i) for i in range(bytes_in))
@@ -134,19 +133,20 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 class QuantizedWeight(nn.Module):
-    """A weight rounded to 2, 3 or 4 bits (NormalFloat, a scale a block) or 8 bits (int8, a scale a row).
+    """A weight rounded to 2, 3 or 4 bits (NormalFloat, a scale a block), 8 bits (int8, a scale a row), or to whole numbers of
+    2 to 8 bits with a scale and a zero point a group, `zero`: what it stands for is scale * (level - zero), elsewhere zero = 0.
 
     Buffers: `codes`, uint8 as in `_pack` or int8 (out, in), for 16 bits W itself; `absmax`, the scale of each block or row in
-    float32, or with double quantization as uint8 codes with `nested_absmax` (a float32 for 256 scales) and `offset` (float32).
+    float32, or with double quantization as uint8 codes with `nested_absmax` (a float32 for 256 scales) and `offset` (float32);
+    `zero`, (groups,), and there `absmax`, in float32, or float64 if W is.
     """
 
-    def __init__(self, shape, dtype, bits, block_size, codes, absmax=None, nested_absmax=None, offset=None):
+    def __init__(self, shape, dtype, bits, block_size, codes, absmax=None, nested_absmax=None, offset=None, zero=None):
         super().__init__()
         self.shape, self.dtype, self.bits, self.block_size = torch.Size(shape), dtype, bits, block_size
-        self.register_buffer("codes", codes)
-        self.register_buffer("absmax", absmax)
-        self.register_buffer("nested_absmax", nested_absmax)
-        self.register_buffer("offset", offset)
+        buffers = {"codes": codes, "absmax": absmax, "nested_absmax": nested_absmax, "offset": offset, "zero": zero}
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer)
 
     def _apply(self, fn, recurse=True):
         """Follow moves to a device, but not casts: model.half() would round the scales."""
@@ -154,8 +154,8 @@ class QuantizedWeight(nn.Module):
 
     def _state(self, dtype: torch.dtype, shape: tuple[int, int]):
         """The buffers as bitsandbytes takes them for a result in `dtype`, or None where it has no kernel for them."""
-        known = self.bits == 4 and self.block_size in BITSANDBYTES_BLOCK_SIZES and self.shape.numel() % 2 == 0
-        if not (bitsandbytes and known) or dtype == torch.float64:
+        known = self.bits == 4 and self.zero is None and self.block_size in BITSANDBYTES_BLOCK_SIZES
+        if not (bitsandbytes and known) or self.shape.numel() % 2 or dtype == torch.float64:
             return None
         QuantState, nested = bitsandbytes.functional.QuantState, None
         if self.nested_absmax is not None:
@@ -171,34 +171,40 @@ class QuantizedWeight(nn.Module):
         return bitsandbytes.matmul_4bit(x, self.codes, state)
 
     def scales(self) -> Tensor:
-        """float32 (blocks,), or (out,) for 8 bits."""
+        """float32 (blocks,), or (out,) for 8 bits; for groups in float64 if W was."""
         if self.nested_absmax is None:
             return self.absmax
         nested = self.nested_absmax.repeat_interleave(256)[: len(self.absmax)]
         return dynamic_map(nested.device)[self.absmax.int()] * nested + self.offset
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Q, (out, in), computed in float32 and rounded to `dtype` (default: the dtype of W)."""
+        """Q, (out, in), computed in the dtype of the scales and rounded to `dtype` (default: the dtype of W)."""
         dtype, n = dtype or self.dtype, self.shape.numel()
         if self.bits == 16:
             return self.codes.to(dtype)
-        if self.bits == 8:
+        if self.bits == 8 and self.zero is None:
             return (self.codes * self.scales()[:, None] * (1 / 127)).to(dtype)
         if (state := self._state(dtype, (1, n))) is not None:  # one row, see `forward`
             return bitsandbytes.functional.dequantize_4bit(self.codes, state).reshape(self.shape)
-        values = _table(self.bits, self.codes.device)[_unpack(self.codes, self.bits, n).int()]
-        Q = F.pad(values, (0, -n % self.block_size)).view(-1, self.block_size) * self.scales()[:, None]
+        values = self.levels()[_unpack(self.codes, self.bits, n).int()]
+        values = F.pad(values, (0, -n % self.block_size)).view(-1, self.block_size)
+        Q = (values if self.zero is None else values - self.zero[:, None]) * self.scales()[:, None]
         return Q.view(-1)[:n].view(self.shape).to(dtype)
 
-    def scale_of_each(self) -> Tensor:
-        """The scale of each weight, (out, in) in float32: Q is that times a level."""
-        scales = self.scales()[:, None].expand(-1, self.block_size or self.shape[1]).reshape(-1)
-        return scales[: self.shape.numel()].view(self.shape)
+    def levels(self) -> Tensor:
+        """What a code stands for, before the zero point and the scale, (2^bits,)."""
+        return _table(self.bits, self.codes.device, self.zero is not None)
+
+    def of_each(self, values: Tensor) -> Tensor:
+        """`values` of the blocks, scales or zero points, (blocks,), for every weight: (out, in)."""
+        values = values[:, None].expand(-1, self.block_size or self.shape[1]).reshape(-1)
+        return values[: self.shape.numel()].view(self.shape)
 
     def with_codes(self, codes: Tensor) -> QuantizedWeight:
-        """The same levels and scales with other codes, (out * in,) in uint8."""
-        buffers = (self.absmax, self.nested_absmax, self.offset)
-        packed = _pack(codes, self.bits).view(self.codes.shape)
+        """The same levels, scales and zero points with other codes, (out * in,) in uint8."""
+        buffers = (self.absmax, self.nested_absmax, self.offset, self.zero)
+        int8 = self.codes.dtype == torch.int8
+        packed = (codes.int() - 127).to(torch.int8).view(self.shape) if int8 else _pack(codes, self.bits)
         return QuantizedWeight(self.shape, self.dtype, self.bits, self.block_size, packed, *buffers)
 
     def extra_repr(self) -> str:
@@ -206,7 +212,9 @@ class QuantizedWeight(nn.Module):
 
 
 @torch.no_grad()
-def quantize(W: Tensor, bits: int = 4, block_size: int = 64, double_quant: bool = True) -> QuantizedWeight:
+def quantize(
+    W: Tensor, bits: int = 4, block_size: int = 64, double_quant: bool = True, group_size: int | None = None
+) -> QuantizedWeight:
     """Round W, (out, in) of any float dtype, to the nearest level of its block: `quantize(W).dequantize()` is Q.
 
     2, 3, 4 bits: NormalFloat (arXiv 2305.14314) in blocks of `block_size` consecutive weights, rows joined; `double_quant`
@@ -215,19 +223,33 @@ def quantize(W: Tensor, bits: int = 4, block_size: int = 64, double_quant: bool 
     scales 2 times in 1,000. 8 bits: int8 with one scale a row (the weights of LLM.int8, arXiv 2208.07339), block_size and
     double_quant are not used. 16 bits: a copy of W in its own dtype, not rounded, for plain LoRA beside the others.
 
-    Raises ValueError if W is not a 2-D float matrix, holds NaN or inf, or bits or block_size are not supported.
+    group_size, for QA-LoRA (arXiv 2309.14717): each `group_size` consecutive inputs of a row take 2^bits equal steps from their
+    least to their greatest weight, scale * (code - zero), with a zero point that is not rounded; 2, 3, 4 or 8 bits.
+
+    Raises ValueError if W is not a 2-D float matrix, holds NaN or inf, bits or block_size are not supported, or group_size does
+    not divide `in`.
     """
     if W.ndim != 2 or not W.is_floating_point() or not W.numel():
         raise ValueError(f"expected a 2-D float weight, got {W.dtype} of shape {tuple(W.shape)}")
-    if bits not in (2, 3, 4, 8, 16):
-        raise ValueError(f"bits must be 2, 3, 4, 8 or 16, got {bits}")
+    if bits not in (2, 3, 4, 8, 16) or (bits == 16 and group_size is not None):
+        raise ValueError(f"bits must be 2, 3, 4, 8 or{' (without group_size)' * (group_size is not None)} 16, got {bits}")
     if block_size < 2 or block_size % 2:
         raise ValueError(f"block_size must be even and positive, got {block_size}")
+    if group_size is not None and (group_size < 1 or W.shape[1] % group_size):
+        raise ValueError(f"group_size {group_size} does not divide in = {W.shape[1]}")
     x = W.float()
     if not x.isfinite().all():
         raise ValueError(f"{(~x.isfinite()).sum()} of {x.numel()} weights are NaN or inf")
     if bits == 16:
         return QuantizedWeight(W.shape, W.dtype, 16, None, W.clone())
+    if group_size:
+        groups = W.to(_at_least_float32(W)).reshape(-1, group_size)
+        least, size = groups.amin(1), groups.abs().amax(1)
+        scale = (groups.amax(1) / (2**bits - 1) - least / (2**bits - 1)).maximum(torch.finfo(groups.dtype).eps * size)
+        scale = scale.where(size > 0, 1).clamp(min=torch.finfo(groups.dtype).tiny)
+        zero = -least / scale
+        codes = (groups / scale[:, None] + zero[:, None]).round().clamp(0, 2**bits - 1).to(torch.uint8)
+        return QuantizedWeight(W.shape, W.dtype, bits, group_size, _pack(codes.view(-1), bits), scale, zero=zero)
     if bits == 8:
         absmax = x.abs().amax(1)
         codes = (x * (127 / absmax.clamp(min=1e-36))[:, None]).round().to(torch.int8)
@@ -278,14 +300,36 @@ class _Problem:
 
     All in float64: an input feature 1,000 times the others, as language models have, has 10^6 times their share in G,
     which in float32 leaves nothing of the others' digits (and reports errors below the least possible one).
+
+    QA-LoRA adds an adapter to the inputs summed over groups of group_size = g, P x with P (in/g, in): as if B was the same in
+    all inputs of a group, B P for B. The least of 1/2 || (E - A B^T P) X ||_F^2 is (1) again, with K = P H P^T for H and
+    F = E H P^T K^+, the regression of E X on P X, for E: as F K = E H P^T, also for a singular K, the two differ by a constant,
+
+        1/2 || (E - A B^T P) X ||_F^2  =  1/2 || (F - A B^T) P X ||_F^2  +  1/2 (tr E H E^T - tr F K F^T)
+
+    So (5) is A = E H P^T B (B^T K B)^-1, (6) is B^T = (A^T A)^-1 A^T E H P^T K^+, and the optimum is A = U_r, B^T = U_r^T F
+    with the top eigenvectors of F K F^T (reduced-rank regression). A rank beyond in/g leaves further columns of A, B at zero.
     """
 
-    def __init__(self, E: Tensor, H: Tensor | None, rank: int):
+    def __init__(self, E: Tensor, H: Tensor | None, rank: int, group_size: int = 1):
         _check(E, H, rank)
-        self.rank, self.dtype, E = rank, _at_least_float32(E), E.double()
+        if group_size < 1 or E.shape[1] % group_size:
+            raise ValueError(f"group_size {group_size} does not divide in = {E.shape[1]}")
+        self.columns, self.dtype, self.group_size, total = rank, _at_least_float32(E), group_size, None
+        noise = len(E.T) * torch.finfo(self.dtype if H is None else H.dtype).eps
+        E, H = E.double(), None if H is None else H.double()
+        if group_size > 1:
+            EH = E if H is None else E @ H
+            total, pooled = float((EH * E).sum()), lambda M: M.unflatten(-1, (-1, group_size)).sum(-1)  # M P^T
+            K = pooled(pooled(torch.eye(len(E.T), dtype=E.dtype, device=E.device) if H is None else H).T)  # (in/g, in/g)
+            size = K.diagonal().sqrt()
+            size = size.where(size > 0, 1)  # inputs of unit size: an outlier must not pass the others off as noise
+            F = pooled(EH) / size @ torch.linalg.pinv(K / size / size[:, None], rtol=noise, hermitian=True) / size
+            E, H = F, K
+        self.rank = min(rank, *E.shape)
         self.P, self.R = torch.linalg.qr(E) if E.shape[0] > E.shape[1] else (None, E)
-        self.G = (self.R if H is None else self.R @ H.double()) @ self.R.T
-        self.total = float(self.G.trace())
+        self.G = (self.R if H is None else self.R @ H) @ self.R.T
+        self.total = float(self.G.trace()) if total is None else total
 
     def error(self, captured: float) -> float:
         """1/2 || (E - A B^T) X ||_F^2, where captured = tr A^T G A."""
@@ -296,8 +340,10 @@ class _Problem:
         B = self.R.T @ A  # (6)
         U = torch.linalg.svd(B, full_matrices=False).Vh.T  # A B^T = (A U) (B U)^T, and B U = V S
         A, B = (A if self.P is None else self.P @ A) @ U, B @ U  # not V S: a row of B is as exact as its column of E
+        B = B.repeat_interleave(self.group_size, 0)  # P^T B
         root = B.norm(dim=0).sqrt()
-        return (A * root).to(self.dtype), (B / root.where(root > 0, 1)).to(self.dtype)
+        A, B = A * root, B / root.where(root > 0, 1)
+        return tuple(F.pad(M, (0, self.columns - self.rank)).to(self.dtype) for M in (A, B))
 
     def start(self) -> Tensor:
         """U_r of (3), (k, r): exact for k <= 256, else from a random sketch of E and two power iterations."""
@@ -351,28 +397,29 @@ def svd_init(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def als_init(E: Tensor, H: Tensor, rank: int, steps: int = 20, return_errors: bool = False):
+def als_init(E: Tensor, H: Tensor, rank: int, steps: int = 20, return_errors: bool = False, group_size: int = 1):
     """QuAILoRA: A and B from `steps` rounds of (5) and (6), started at (4); beyond min(out, in) = 256 at a sketch of (4).
 
     E: (out, in), the rounding error W - Q; H: (in, in), symmetric positive semidefinite, of any scale, may be singular.
     Returns A (out, rank), B (in, rank) in float32, or float64 if E is, in the SVD-balanced form A^T A = B^T B diagonal; with
     `return_errors` also the 2 steps + 1 calibrated errors: at the start and after every half-step, (5), (6), (5), ...
-    Costs one product with H and two with E, then O(min(out, in)^2 rank) a step. Raises ValueError if rank is not within
-    1 .. min(out, in), the shapes do not fit, or E or H is not finite.
+    Costs one product with H and two with E, then O(min(out, in)^2 rank) a step. group_size: for QA-LoRA, B is the same in all
+    inputs of a group, see `_Problem`. Raises ValueError if rank is not within 1 .. min(out, in), the shapes do not fit,
+    group_size does not divide `in`, or E or H is not finite.
     """
-    problem = _Problem(E, H, rank)
+    problem = _Problem(E, H, rank, group_size)
     A, errors = problem.als(steps, return_errors)
     return (*problem.factors(A), errors) if return_errors else problem.factors(A)
 
 
 @torch.no_grad()
-def exact_init(E: Tensor, H: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def exact_init(E: Tensor, H: Tensor, rank: int, group_size: int = 1) -> tuple[Tensor, Tensor]:
     """A global optimum of (1) in closed form (QERA, arXiv 2410.06040; CLoQ, 2501.18475), also where H is singular.
 
     With U_r the top r eigenvectors of E H E^T, A = U_r and B^T = U_r^T E, here SVD-balanced. Arguments, results and errors
     raised as for `als_init`. Costs an eigendecomposition of order min(out, in).
     """
-    problem = _Problem(E, H, rank)
+    problem = _Problem(E, H, rank, group_size)
     return problem.factors(problem.exact()[0])
 
 
@@ -421,14 +468,15 @@ def feedback(H: Tensor, B: Tensor | None = None, damping: float = 0.03) -> Tenso
 
 @torch.no_grad()
 def round_calibrated(W: Tensor, base: QuantizedWeight, feedback: Tensor) -> QuantizedWeight:
-    """Round W to the levels and scales of `base`, input by input, each rounding error made good in the inputs after it.
+    """Round W to the levels, scales and zero points of `base`, input by input, each error made good in the inputs after it.
 
     feedback: of `feedback`. In blocks of 32 inputs, so that most of the work is a product of matrices.
     """
-    levels = _table(base.bits, W.device)
+    levels, feedback = base.levels(), feedback.to(W.dtype)  # feedback: (in, in)
     midpoints = (levels[:-1] + levels[1:]) / 2
-    feedback, scale = feedback.to(W.dtype), base.scale_of_each().T.to(W.dtype).contiguous()  # (in, in), (in, out)
-    W = W.T.clone(memory_format=torch.contiguous_format)  # (in, out), written to
+    scale = base.of_each(base.scales()).T.to(W.dtype).contiguous()  # (in, out)
+    W = W if base.zero is None else W + (base.of_each(base.zero * base.scales())).to(W.dtype)
+    W = W.T.clone(memory_format=torch.contiguous_format)  # (in, out), written to; scale * level is to come near it
     divisor, codes, errors = scale.where(scale != 0, 1), torch.empty_like(W, dtype=torch.uint8), torch.empty_like(W)
     for start in range(0, len(W), 32):
         end = min(start + 32, len(W))
@@ -452,12 +500,13 @@ def initialize(
     the best of them counts. H: (in, in), None stands for the identity. `steps` of ALS; `bits`, `layout` as for `quantize`;
     raises ValueError as that and `als_init`.
 
+    With group_size in `layout` that is QA-LoRA's: groups of whole numbers for Q, and B the same in all inputs of a group.
     Returns the calibrated errors (1) too: of the nearest Q without A B^T (`quantized`), at the start (`svd`) and the end
     (`als`) of its ALS, of the result (`initialized`), and with floor=True the least for its Q (`floor`). And the `seconds`
     taken, without those for errors that no step needs.
     """
     (rounding, solver, rounds), began = INITS[init], time.perf_counter()
-    dtype, seen, low = _at_least_float32(W), H if needs_data(init) else None, W.dtype
+    dtype, seen, low, group = _at_least_float32(W), H if needs_data(init) else None, W.dtype, layout.get("group_size") or 1
     plain, W = quantize(W, bits, **layout), W.to(dtype)
     A, B, least, best = W.new_zeros(len(W), rank), W.new_zeros(W.shape[1], rank), math.inf, None
     _check(W, H, rank)
@@ -468,8 +517,8 @@ def initialize(
         else:
             base = quantize((W - A @ B.T).to(low), bits, **layout) if turn and bits < 16 else plain
         E, problem, reached = W - base.dequantize(dtype), None, [None]
-        if solver in ("als", "exact"):
-            problem = _Problem(E, seen, rank)
+        if solver in ("als", "exact") or solver and group > 1:
+            problem = _Problem(E, seen, rank, group)
             U, reached = problem.als(steps) if solver == "als" else problem.exact()
             (A, B), error = problem.factors(U), min(reached)
         else:
@@ -478,13 +527,13 @@ def initialize(
         if best is None or error < least:
             least, best = error, (base, A, B, E, problem, reached)
     (base, A, B, E, problem, reached), seconds = best, time.perf_counter() - began
-    known = problem is not None  # then it knows some errors, without further products with H
+    known = problem is not None and seen is H  # then it knows the errors, without further products with H
+    reached, als = reached if known else [calibrated_error(E, A, B, H)], solver == "als"
     errors = {
         "quantized": problem.error(0.0) if known and base is plain
         else calibrated_error(W - plain.dequantize(dtype), 0 * A, B, H),
-        "svd": reached[0] if solver == "als" else None, "als": least if solver == "als" else None,
-        "floor": (least if solver == "exact" else (problem or _Problem(E, H, rank)).exact()[1][0]) if floor else None,
-        "initialized": least if known else calibrated_error(E, A, B, H), "seconds": seconds,
+        "svd": reached[0] if als else None, "als": min(reached) if als else None, "initialized": min(reached),
+        "floor": (problem if known else _Problem(E, H, rank, group)).exact()[1][0] if floor else None, "seconds": seconds,
     }  # fmt: skip
     return base, A, B, errors
 
@@ -497,10 +546,14 @@ def split_product(A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]
 
     (1) determines only the product, but the gradient of each factor is multiplied by the other, so the split decides how
     fast each is trained. Here lora_A gets orthonormal rows times sqrt(in / r), which has the norm of a normal draw of
-    deviation 1 / sqrt(r), and lora_B the rest. README.md, "How the product is split", has the measurement.
+    deviation 1 / sqrt(r), and lora_B the rest. README.md, "How the product is split", has the measurement. Where r > in, which
+    QA-LoRA allows, it gets random orthonormal columns instead.
     """
     V, R = torch.linalg.qr(B.double())  # B = V R, (in, r) (r, r)
-    size = math.sqrt(B.shape[0] / B.shape[1])
+    if V.shape[1] < B.shape[1]:
+        turn = _orthonormal(torch.randn(B.shape[::-1], dtype=V.dtype, device=V.device)).T  # (in, r), turn turn^T = I
+        V, R = V @ turn, turn.T @ R  # (in, r), (r, r)
+    size = math.sqrt(B.shape[0] / min(B.shape))
     return (V.T * size).to(A.dtype).contiguous(), (A.double() @ R.T / (size * scaling)).to(A.dtype)
 
 
@@ -534,17 +587,21 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: QuantizedWeight, lora_A: Tensor, lora_B: Tensor, alpha: float, rslora: bool = False, bias=None):
         super().__init__()
-        (self.out_features, self.in_features), self.rank = base.shape, len(lora_A)
-        self.alpha, self.rslora, self.scaling = alpha, rslora, _scaling(alpha, self.rank, rslora)
-        self.base, self.lora_A, self.lora_B = base, nn.Parameter(lora_A), nn.Parameter(lora_B)
+        (self.out_features, self.in_features), self.base = base.shape, base
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.set_adapter(lora_A, lora_B, alpha, rslora)
+
+    def set_adapter(self, lora_A: Tensor | None, lora_B: Tensor | None, alpha: float, rslora: bool = False) -> None:
+        """None for no adapter: x -> Q x."""
+        self.rank, self.alpha, self.rslora = 0 if lora_A is None else len(lora_A), alpha, rslora
+        self.scaling = _scaling(alpha, max(self.rank, 1), rslora)
+        self.lora_A, self.lora_B = (M if M is None else nn.Parameter(M) for M in (lora_A, lora_B))
 
     @classmethod
     @torch.no_grad()
     def from_linear(
         cls, linear: nn.Module, H: Tensor | None = None, rank: int = 64, alpha: float = 16, bits: int = 4, steps: int = 20,
-        init: str = "quailora", rslora: bool = False, block_size: int = 64, double_quant: bool = True, floor: bool = False,
-        W: Tensor | None = None,
+        init: str = "quailora", rslora: bool = False, floor: bool = False, W: Tensor | None = None, **layout,
     ) -> LoRALinear:  # fmt: skip
         """Quantize `linear` (nn.Linear or Conv1D) and start its adapter from H = X X^T, (in, in); None stands for the identity.
 
@@ -554,8 +611,9 @@ class LoRALinear(nn.Module):
         _check_options(alpha, init, steps)
         weight, nearest = _weight(linear), W is None and INITS[init][::2] == ("nearest", 1)
         W = weight if W is None else W
-        base, A, B, report = initialize(W, H, rank, init, steps, bits, floor, block_size=block_size, double_quant=double_quant)
-        layer = cls(base, *split_product(A, B, _scaling(alpha, rank, rslora)), alpha, rslora, linear.bias)
+        base, A, B, report = initialize(W, H, rank, init, steps, bits, floor, **layout)
+        factors = split_product(A, B[:: layout.get("group_size", 1)], _scaling(alpha, rank, rslora))
+        layer = cls(base, *factors, alpha, rslora, linear.bias)
         base.dtype, layer.own_base = weight.dtype, bits < 16 and not nearest
         norm = calibrated_error(W, 0 * A, B, H)
         relative = lambda error: error and (math.sqrt(error / norm) if norm else 0.0)  # noqa: E731
@@ -567,9 +625,15 @@ class LoRALinear(nn.Module):
         """(..., in) -> (..., out), in the dtype of x, or of autocast."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A) * self.scaling, self.lora_B)
-        out = self.base(x) + update.to(x.dtype)
+        out = self.base(x)
+        if self.lora_A is not None:
+            update = F.linear(self._read(x.to(self.lora_A.dtype)), self.lora_A) * self.scaling
+            out = out + F.linear(update, self.lora_B).to(x.dtype)
         return out if self.bias is None else out + self.bias.to(x.dtype)
+
+    def _read(self, x: Tensor) -> Tensor:
+        """What the adapter reads of x."""
+        return x
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
@@ -581,6 +645,47 @@ class LoRALinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"rank={self.rank}, scaling={self.scaling:g}"
         )
+
+
+class QALoRALinear(LoRALinear):
+    """QA-LoRA (arXiv 2309.14717): x -> Q x + scaling lora_B lora_A P x, where P x, (in / group_size,), is the sum of the inputs
+    of each group (not their mean), and Q = scale * (codes - zero) has a scale and a zero point a group.
+
+    So the update is the same for all weights of a row in a group, and `merge` puts it into their zero point. `lora_A` is (rank,
+    in / group_size), the rest as in LoRALinear. There is no gain from a rank beyond in / group_size but in speed of training.
+    """
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Module, H: Tensor | None = None, rank: int = 64, bits: int = 4, group_size: int = 32, alpha: float = 16,
+        steps: int = 20, init: str | None = None, rslora: bool = False, floor: bool = False, W: Tensor | None = None,
+    ) -> QALoRALinear:  # fmt: skip
+        """Quantize `linear` and start its adapter from H = X X^T, (in, in), as derived in `_Problem`; without H at zero.
+
+        init: one of INITS, by default "quailora", and "qlora" without H. The rest as for LoRALinear; ValueError also if
+        group_size does not divide `in`, or bits is 16.
+        """
+        init = init or ("qlora" if H is None else "quailora")
+        return super().from_linear(linear, H, rank, alpha, bits, steps, init, rslora, floor, W, group_size=group_size)
+
+    def _read(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.base.block_size)).sum(-1)  # P x
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """Q + scaling * lora_B lora_A P, (out, in), in the dtype of the factors, or after `merge` Q in that of the scales."""
+        if self.lora_A is None:
+            return self.base.dequantize(self.base.zero.dtype)
+        update = self.scaling * self.lora_B @ self.lora_A  # (out, in / group_size)
+        return self.base.dequantize(self.lora_A.dtype) + update.repeat_interleave(self.base.block_size, 1)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Put the adapter into the zero points, in place, and drop it: codes, scales and outputs stay what they are."""
+        if self.lora_A is not None:
+            update = self.scaling * self.lora_B @ self.lora_A  # (out, in / group_size)
+            self.base.zero -= update.reshape(-1).to(self.base.zero.dtype) / self.base.absmax
+            self.set_adapter(None, None, self.alpha, self.rslora)
 
 
 # ------------------------------------------------------------------------------------------------------ 5  Whole models
@@ -606,8 +711,10 @@ def linear_layers(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Mo
     }
 
 
-def checked_layers(model: nn.Module, rank: int, skip: Iterable[str] = ()) -> dict[str, nn.Module]:
-    """`linear_layers`, or ValueError if there are none, `rank` is too large for one, or a weight holds NaN or inf."""
+def checked_layers(
+    model: nn.Module, rank: int, skip: Iterable[str] = (), group_size: int | None = None
+) -> dict[str, nn.Module]:
+    """`linear_layers`, or ValueError if there are none, `rank` or `group_size` does not fit one, or a weight is NaN or inf."""
     layers = linear_layers(model, skip)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear layers to replace")
@@ -615,6 +722,8 @@ def checked_layers(model: nn.Module, rank: int, skip: Iterable[str] = ()) -> dic
         W = _weight(layer)
         if not 1 <= rank <= min(W.shape):
             raise ValueError(f"rank {rank} is not within 1 .. min(out, in) = {min(W.shape)} of {name}")
+        if group_size is not None and (group_size < 1 or W.shape[1] % group_size):
+            raise ValueError(f"group_size {group_size} does not divide in = {W.shape[1]} of {name}")
         if not W.isfinite().all():
             raise ValueError(f"{(~W.isfinite()).sum()} of {W.numel()} weights of {name} are NaN or inf")
     return layers
@@ -790,7 +899,8 @@ def apply_quailora(
     batches: calibration data for `input_correlations`, or None where `H` holds what that function returned or `init` needs
     no data. memory: bytes that all H together may take, see `correlation_passes`. init: one of INITS. sequential: each layer
     repairs what those before it left, see `_one_after_the_other`; takes `batches` in one piece through the model, and memory
-    for that. The product starts the same for any alpha, see LoRALinear. layout: block_size and double_quant, see `quantize`.
+    for that. The product starts the same for any alpha, see LoRALinear. layout: block_size and double_quant, see `quantize`; or
+    group_size, for QALoRALinear instead of LoRALinear.
     floor=False spares its eigenvalues, which take longer than ALS on layers beyond about 2,000. progress wraps the list of
     names: tqdm, say.
 
@@ -800,13 +910,14 @@ def apply_quailora(
     a weight.
     """
     _check_options(alpha, init, steps)
-    quantize(torch.zeros(1, 2), bits, **layout)  # raises for its options
-    skip = [skip] if isinstance(skip, str) else list(skip)
-    layers = checked_layers(model, rank, skip)
+    group_size, skip = layout.get("group_size"), [skip] if isinstance(skip, str) else list(skip)
+    layers, kind = checked_layers(model, rank, skip, group_size), LoRALinear if group_size is None else QALoRALinear
+    quantize(torch.zeros(1, group_size or 2), bits, **layout)  # raises for its options
     rows, waiting, order, passes = {}, {}, list(layers), [dict.fromkeys(layers)]
 
     def start(name: str, H: Tensor | None, W: Tensor | None = None) -> LoRALinear:
-        lora = LoRALinear.from_linear(layers[name], H, rank, alpha, bits, steps, init, rslora, floor=floor, W=W, **layout)
+        options = dict(alpha=alpha, bits=bits, steps=steps, init=init, rslora=rslora, floor=floor, W=W)
+        lora = kind.from_linear(layers[name], H, rank, **options, **layout)
         rows[name] = {"name": name, "shape": list(lora.base.shape), "calibrated": H is not None, **lora.report}
         return lora
 
@@ -853,9 +964,13 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 def merge(model: nn.Module) -> nn.Module:
     """Turn every LoRALinear back into the layer it replaced, with the weight Q + scaling lora_B lora_A, in place.
 
-    The result is a full-precision model again: `merge(model).save_pretrained(folder)`. Weights get the dtype that W had.
+    The result is a full-precision model again: `merge(model).save_pretrained(folder)`. Weights get the dtype that W had. Every
+    QALoRALinear is merged into its zero points instead and stays: `save_base(merge(model), folder)`.
     """
     for lora in _lora_layers(model).values():
+        if isinstance(lora, QALoRALinear):
+            lora.merge()
+            continue
         weight = lora.merged_weight().to(lora.base.dtype)
         if lora.kind is nn.Linear:
             linear = nn.Linear(lora.in_features, lora.out_features, bias=False, device="meta")
@@ -878,7 +993,7 @@ def _base_record(model: nn.Module) -> dict:
     first = next(iter(_lora_layers(model).values()))
     return {
         "bits": first.base.bits, "block_size": first.base.block_size or 0,
-        "double_quant": first.base.nested_absmax is not None,
+        "double_quant": first.base.nested_absmax is not None, "groups": first.base.zero is not None,
         "check": first.base.dequantize(torch.float32).abs().mean().item(),
     }  # fmt: skip
 
@@ -926,56 +1041,75 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
 
 def save_base(model: nn.Module, folder: str | Path) -> None:
     """Write the rounded model of `apply_quailora` without its adapter as a checkpoint that transformers loads with bitsandbytes
-    (4 bits), for bases that are not `quantize(W)`: of loftq, cloq, joint and sequential=True. 2, 3 and 8 bits in the same keys
-    are for `load_adapter`. Needs transformers and safetensors. Raises OSError if the disk is full."""
+    (4-bit NormalFloat), for bases that are not `quantize(W)`: of loftq, cloq, joint and sequential=True. Other bits, and a
+    merged QA-LoRA model, in the same keys are for `load_base`. Needs transformers and safetensors. Raises OSError if the disk
+    is full."""
     layers, config = _lora_layers(model), model.config
     if not layers or next(iter(layers.values())).base.bits == 16:
         raise ValueError(f"{type(model).__name__} has no rounded weights to save")
     tensors = {key: x for key, x in model.state_dict().items() if key.rpartition(".")[0].removesuffix(".base") not in layers}
     for name, layer in layers.items():
-        base, key = layer.base, f"{name}.weight"
-        state = {"quant_type": f"nf{base.bits}", "blocksize": base.block_size, "shape": list(base.shape), "dtype": "float32"}
-        tensors |= {key: base.codes, f"{key}.absmax": base.absmax, f"{key}.quant_map": _table(base.bits, base.codes.device)}
+        base, key, kind = layer.base, f"{name}.weight", "nf" if layer.base.zero is None else "int"
+        state = {"quant_type": f"{kind}{base.bits}", "blocksize": base.block_size, "shape": list(base.shape),
+                 "dtype": str(base.dtype).removeprefix("torch.")}  # fmt: skip
+        buffers = {f"{key}.{buffer}": x for buffer, x in base.named_buffers() if buffer not in ("codes", "offset")}
+        tensors |= {key: base.codes, f"{key}.quant_map": base.levels(), **buffers}
         if base.nested_absmax is not None:
             state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": base.offset.item()}
-            tensors |= {f"{key}.nested_absmax": base.nested_absmax, f"{key}.nested_quant_map": dynamic_map()}
-        tensors[f"{key}.quant_state.bitsandbytes__nf{base.bits}"] = torch.tensor(
-            list(json.dumps(state).encode()), dtype=torch.uint8
-        )
+            tensors[f"{key}.nested_quant_map"] = dynamic_map()
+        state = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        tensors[f"{key}.quant_state.bitsandbytes__{kind}{base.bits}"] = state
         if layer.bias is not None:
             tensors[f"{name}.bias"] = layer.bias
-    config.quantization_config = {
-        "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32",
-        "bnb_4bit_use_double_quant": base.nested_absmax is not None, "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": [
-            name for name, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"
-        ],
-    }  # fmt: skip
+    if base.bits == 4 and base.zero is None:
+        linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+        config.quantization_config = {
+            "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": linear,
+            "bnb_4bit_compute_dtype": "float32", "bnb_4bit_use_double_quant": base.nested_absmax is not None,
+            "bnb_4bit_quant_storage": "uint8",
+        }  # fmt: skip
     try:
         model.save_pretrained(folder, state_dict={key: x.clone() for key, x in tensors.items()})
     finally:
-        del config.quantization_config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
 
 
-def _load_base(model: nn.Module, folder: str | Path) -> None:
+@torch.no_grad()
+def load_base(model: nn.Module, folder: str | Path) -> None:
+    """Load what `save_base` wrote into a full-precision model (or one made from its configuration) or one of `apply_quailora`.
+
+    Layers that were rounded get that base, and have the adapter that they had: none in a full-precision model. Raises
+    FileNotFoundError if there is no checkpoint, ValueError if it does not fit the model. Needs safetensors.
+    """
     from safetensors import safe_open
 
     files = [safe_open(file, "pt") for file in Path(folder).glob("*.safetensors")]
-    tensors = {key: file for file in files for key in file.keys()}  # noqa: SIM118
-    for name, layer in _lora_layers(model).items():
-        base, key = layer.base, f"{name}.weight"
-        state = f"{key}.quant_state.bitsandbytes__nf{base.bits}"
-        if key not in tensors or state not in tensors:
-            raise ValueError(f"{folder} has no {key} of {base.bits} bits")
-        stored = {"codes": key, "absmax": f"{key}.absmax", "nested_absmax": f"{key}.nested_absmax"}
-        stored = {buffer: tensors[k].get_tensor(k) for buffer, k in stored.items() if k in tensors}
-        ours = {buffer: getattr(base, buffer) for buffer in stored if getattr(base, buffer) is not None}
-        if {k: (x.shape, x.dtype) for k, x in stored.items()} != {k: (x.shape, x.dtype) for k, x in ours.items()}:
-            raise ValueError(f"{key} in {folder} was rounded in another block size, or with another double quantization")
-        for buffer, x in stored.items():
-            ours[buffer].copy_(x)
-        if base.offset is not None:
-            base.offset.fill_(json.loads(bytes(tensors[state].get_tensor(state).tolist()))["nested_offset"])
+    tensors = {key: file.get_tensor(key) for file in files for key in file.keys()}  # noqa: SIM118
+    if not tensors:
+        raise FileNotFoundError(f"{folder} holds no *.safetensors")
+    states = {key.partition(".weight.quant_state.")[0]: key for key in tensors if ".weight.quant_state." in key}
+    for name, state in states.items():
+        state, key = json.loads(bytes(tensors.pop(state).tolist())), f"{name}.weight"
+        stored = [
+            tensors.pop(f"{name}.{part}", None) for part in ("weight", "weight.absmax", "weight.nested_absmax", "weight.zero")
+        ]
+        offset = torch.tensor(state["nested_offset"]) if "nested_offset" in state else None
+        layout = state["shape"], getattr(torch, state["dtype"]), int(state["quant_type"].strip("intf")), state["blocksize"]
+        base = QuantizedWeight(*layout, *stored[:3], offset, stored[3])
+        layer = dict(model.named_modules()).get(name)
+        shape = None if layer is None else layer.base.shape if isinstance(layer, LoRALinear) else _weight(layer).shape
+        if shape != base.shape:
+            raise ValueError(f"{key} is {tuple(base.shape)} in {folder} and {shape and tuple(shape)} in the model")
+        if isinstance(layer, LoRALinear):
+            layer.base = base.to(layer.base.codes.device)
+        else:
+            kind = LoRALinear if base.zero is None else QALoRALinear
+            _replace(model, layer, rounded := kind(base.to(layer.weight.device), None, None, 1.0, bias=layer.bias))
+            rounded.kind = type(layer)
+            rounded.train(layer.training)
+    model.load_state_dict({key: x for key, x in tensors.items() if ".weight." not in key}, strict=False)
+    model.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -992,35 +1126,40 @@ def load_adapter(model: nn.Module, folder: str | Path, base: str | Path | None =
     file = Path(folder) / "adapter_config.json"
     try:
         config = json.loads(file.read_text())
-        config = {key: config[key] for key in ("r", "lora_alpha", "use_rslora", "target_modules")}
+        rank, alpha, rslora, targets = (config[key] for key in ("r", "lora_alpha", "use_rslora", "target_modules"))
         file = Path(folder) / "adapter_model.safetensors"
         with safe_open(file, "pt") as content:
-            record = json.loads((content.metadata() or {})["quailora"])
+            record = {"groups": False, "own_base": False} | json.loads((content.metadata() or {})["quailora"])
             factors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
-        theirs = {key: record[key] for key in ("bits", "block_size", "double_quant", "check")}
+        theirs = {key: record[key] for key in ("groups", "bits", "block_size", "double_quant", "check")}
     except FileNotFoundError:
         raise FileNotFoundError(f"{file} is missing") from None
     except (json.JSONDecodeError, KeyError, SafetensorError) as error:
         raise ValueError(f"{file} is damaged or was not written by save_adapter: {error!r}") from error
     prepared = _lora_layers(model).values()
-    if record.get("own_base") and base is None and not (prepared and all(layer.own_base for layer in prepared)):
+    if record["own_base"] and base is None and not (prepared and all(layer.own_base for layer in prepared)):
         raise ValueError(f"the adapter was made for a base of its own ({record['init']}): give the folder of save_base too")
-    if not prepared:
-        layers = linear_layers(model)
-        if missing := [name for name in config["target_modules"] if name not in layers]:
-            raise ValueError(f"the adapter has a layer {missing[0]}, which {type(model).__name__} has not")
-        layout = {} if theirs["bits"] > 4 else {"block_size": theirs["block_size"], "double_quant": theirs["double_quant"]}
-        apply_quailora(
-            model, None, config["r"], config["lora_alpha"], theirs["bits"], init="qlora", rslora=config["use_rslora"],
-            skip=set(layers) - set(config["target_modules"]), floor=False, **layout,
-        )  # fmt: skip
     if base is not None:
-        _load_base(model, base)
+        load_base(model, base)
+    elif not prepared:
+        layers = linear_layers(model)
+        if missing := [name for name in targets if name not in layers]:
+            raise ValueError(f"the adapter has a layer {missing[0]}, which {type(model).__name__} has not")
+        layout = {"group_size" if record["groups"] else "block_size": record["block_size"] or 64}
+        apply_quailora(
+            model, None, rank, alpha, record["bits"], init="qlora", rslora=rslora, skip=set(layers) - set(targets), floor=False,
+            **layout, **({} if record["groups"] else {"double_quant": record["double_quant"]}),
+        )  # fmt: skip
     ours = _base_record(model)
     for key in theirs:
         if not math.isclose(ours[key], theirs[key], rel_tol=1e-4):
             what = f"weights of {record['model']} (mean magnitude of the first layer's)" if key == "check" else key
             raise ValueError(f"the adapter was made for another base: {what} {theirs[key]}, and here {ours[key]}")
+    for layer in _lora_layers(model).values():
+        if layer.lora_A is None:
+            out, n = layer.base.shape
+            factor = layer.bias if layer.bias is not None else layer.base.scales()
+            layer.set_adapter(factor.new_zeros(rank, n), factor.new_zeros(out, rank), alpha, rslora)
     factors = {key.removeprefix("base_model.model.").removesuffix(".weight"): factor for key, factor in factors.items()}
     parameters = _factors(model)
     for name in sorted(factors.keys() | parameters.keys()):
@@ -1029,9 +1168,8 @@ def load_adapter(model: nn.Module, folder: str | Path, base: str | Path | None =
             raise ValueError(f"{name} is {found} in the adapter and {expected} in the model")
     model.load_state_dict(factors, strict=False)
     for layer in _lora_layers(model).values():
-        layer.alpha, layer.rslora = config["lora_alpha"], config["use_rslora"]
-        layer.init, layer.own_base = record["init"], bool(record.get("own_base"))
-        layer.scaling = _scaling(layer.alpha, layer.rank, layer.rslora)
+        layer.alpha, layer.rslora, layer.scaling = alpha, rslora, _scaling(alpha, layer.rank, rslora)
+        layer.init, layer.own_base = record["init"], record["own_base"]
 
 
 # --------------------------------------------------------------------- `python quailora.py`: what a start costs by size

@@ -35,7 +35,17 @@ from torch.nn import functional as F
 
 import quailora
 import train
-from quailora import LoRALinear, als_init, apply_quailora, calibrated_error, exact_init, input_correlations, quantize, svd_init
+from quailora import (
+    LoRALinear,
+    QALoRALinear,
+    als_init,
+    apply_quailora,
+    calibrated_error,
+    exact_init,
+    input_correlations,
+    quantize,
+    svd_init,
+)
 
 settings.register_profile("default", deadline=None, max_examples=100)
 settings.load_profile("default")
@@ -158,9 +168,9 @@ def test_two_and_three_bits_take_the_nearest_level_and_that_many_bits(bits, size
     W = torch.randn(20, 50, generator=torch.Generator().manual_seed(0))
     base = quantize(W, bits, double_quant=double_quant)
     assert base.codes.numel() == size and base.codes.dtype == torch.uint8
-    grid = base.scale_of_each()[..., None] * quailora.normal_float(bits)  # (out, in, levels)
+    grid = base.of_each(base.scales())[..., None] * quailora.normal_float(bits)  # (out, in, levels)
     absmax = F.pad(W.view(-1), (0, 24)).view(-1, 64).abs().amax(1).repeat_interleave(64)[:1000].view(20, 50)
-    assert torch.allclose(base.scale_of_each(), absmax, rtol=0.04 if double_quant else 1e-6)
+    assert torch.allclose(base.of_each(base.scales()), absmax, rtol=0.04 if double_quant else 1e-6)
     chosen = (absmax[..., None] * quailora.normal_float(bits) - W[..., None]).abs().argmin(-1, keepdim=True)
     assert torch.equal(base.dequantize(), grid.gather(-1, chosen)[..., 0])
 
@@ -493,6 +503,219 @@ def test_solvers_refuse_what_has_no_solution(E, H, rank, message):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# QA-LoRA
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def grouped_problems(draw):
+    """Those of `problems`, and a group size that divides `in`."""
+    E, H, rank = draw(problems())
+    n = E.shape[1]
+    return E, H, rank, draw(st.sampled_from([g for g in range(1, n + 1) if n % g == 0]))
+
+
+def pooling(n, group_size):
+    return torch.eye(n // group_size, dtype=torch.float64).repeat_interleave(group_size, 1)  # P, (in/g, in)
+
+
+def grouped_optimum(E, H, rank, group_size):
+    """The least || (E - A B^T P) X ||^2 / 2 by reduced-rank regression of E X on P X, through X and its singular vectors."""
+    lam, U = torch.linalg.eigh(H)
+    X = U * lam.clamp(min=1e-13 * lam[-1].clamp(min=1e-300)).where(lam > 1e-13 * lam[-1], 0).sqrt()
+    _, sigma, Vt = torch.linalg.svd(pooling(len(H), group_size) @ X, full_matrices=False)
+    row_space = Vt[sigma > 1e-8 * sigma[0]] if sigma[0] > 0 else Vt[:0]
+    best = torch.linalg.svdvals(E @ X @ row_space.T)[:rank].square().sum() if len(row_space) else 0.0
+    return float((E @ X).square().sum() - best) / 2
+
+
+@given(grouped_problems(), st.integers(0, 2**31))
+def test_the_grouped_objective_is_1_for_the_regression_on_the_pooled_inputs_and_a_constant(problem, seed):
+    E, H, rank, g = problem
+    inner, P = quailora._Problem(E, H, rank, g), pooling(len(H), g)
+    K = P @ H @ P.T
+    F_ = E @ H @ P.T @ torch.linalg.pinv(K, rtol=1e-9, hermitian=True)
+    assert inner.total / 2 == pytest.approx(calibrated_error(E, *nothing(E), H), rel=1e-9)
+    generator = torch.Generator().manual_seed(seed)
+    differences = []
+    for _ in range(2):
+        A, B = (torch.randn(size, rank, generator=generator, dtype=torch.float64) for size in (len(E), len(K)))
+        differences.append(calibrated_error(E, A, P.T @ B, H) - calibrated_error(F_, A, B, K))
+    size = sum(calibrated_error(M, *nothing(M), H) for M in (E, A @ B.T @ P))
+    assert differences == pytest.approx([inner.total / 2 - calibrated_error(F_, *nothing(F_), K)] * 2, abs=1e-7 * size + 1e-300)
+
+
+@given(grouped_problems())
+def test_grouped_als_never_rises_ends_where_it_says_and_is_never_below_the_floor_which_the_closed_form_reaches(problem):
+    E, H, rank, g = problem
+    floor, tolerance = grouped_optimum(E, H, rank, g), 1e-8 * calibrated_error(E, *nothing(E), H) + 1e-300
+    A, B, errors = als_init(E, H, rank, steps=10, return_errors=True, group_size=g)
+    assert A.isfinite().all() and B.isfinite().all() and A.shape == (len(E), rank) and B.shape == (len(H), rank)
+    assert torch.equal(B, B[::g].repeat_interleave(g, 0)), "the same in all inputs of a group"
+    assert all(after <= before + tolerance for before, after in zip(errors, errors[1:], strict=False))
+    assert errors[0] <= calibrated_error(E, *nothing(E), H) + tolerance
+    assert calibrated_error(E, A, B, H) == pytest.approx(errors[-1], abs=tolerance) and errors[-1] >= floor - tolerance
+    assert calibrated_error(E, *exact_init(E, H, rank, g), H) == pytest.approx(floor, abs=tolerance)
+
+
+@given(grouped_problems())
+def test_grouped_als_reaches_the_floor_when_the_spectrum_has_a_gap(problem):
+    E, H, rank, g = problem
+    H = H + 1e-3 * H.diagonal().mean() * torch.eye(len(H)) + 1e-3 * torch.eye(len(H))
+    P = pooling(len(H), g)
+    C, K = E @ H @ P.T, P @ H @ P.T
+    top = torch.linalg.eigh(C @ torch.linalg.solve(K, C.T)).eigenvectors[:, -rank:]
+    E = E + 9 * top @ (top.T @ E)
+    error = calibrated_error(E, *als_init(E, H, rank, steps=60, group_size=g), H)
+    assert error <= grouped_optimum(E, H, rank, g) + 1e-8 * calibrated_error(E, *nothing(E), H) + 1e-300
+
+
+@given(problems(), st.integers(1, 4), st.integers(0, 3))
+def test_grouped_als_is_equations_5_and_6_with_the_pooled_correlation(problem, g, steps):
+    """With explicit systems: A = E H P^T B (B^T K B)^-1, B^T = (A^T A)^-1 A^T E H P^T K^-1."""
+    generator = torch.Generator().manual_seed(len(problem[0]))
+    out, n = problem[0].shape[0] + 2, problem[0].shape[1] * g
+    E, X = (torch.randn(size, generator=generator, dtype=torch.float64) for size in ((out, n), (n, 3 * n)))
+    rank, H, P = min(problem[2], n // g), X @ X.T, pooling(n, g)
+    C, K = E @ H @ P.T, P @ H @ P.T
+    A, B = svd_init(torch.linalg.solve(K, C.T).T, rank)
+    expected = [calibrated_error(E, A, P.T @ B, H)]
+    for _ in range(steps):
+        A = torch.linalg.solve(B.T @ K @ B, (C @ B).T).T
+        expected.append(calibrated_error(E, A, P.T @ B, H))
+        B = torch.linalg.solve(K, C.T @ torch.linalg.solve(A.T @ A, A.T).T)
+        expected.append(calibrated_error(E, A, P.T @ B, H))
+    *_, errors = als_init(E, H, rank, steps, return_errors=True, group_size=g)
+    assert errors == pytest.approx(expected, rel=1e-6)
+
+
+@given(adversarial_problems(), st.data())
+@settings(max_examples=500)
+def test_grouped_factors_are_finite_and_never_worse_than_plain_quantization_in_float32(problem, data):
+    E, X, rank = problem
+    g = data.draw(st.sampled_from([g for g in range(1, len(X) + 1) if len(X) % g == 0]))
+    H = (X.double() @ X.double().T).float()
+    error = lambda A, B: ((E.double() - A.double() @ B.double().T) @ X.double()).norm().item()  # noqa: E731
+    rounding = 1e-6 * (E.double().norm(dim=0) @ X.double().norm(dim=1)).item() ** 2
+    for A, B in (als_init(E, H, rank, group_size=g), exact_init(E, H, rank, g)):
+        assert A.dtype == B.dtype == torch.float32 and A.isfinite().all() and B.isfinite().all()
+        assert error(A, B) ** 2 <= error(*nothing(E)) ** 2 + rounding
+        assert all(factor.isfinite().all() for factor in quailora.split_product(A, B[::g], scaling=0.25))
+
+
+@pytest.mark.parametrize("outlier", [1e2, 1e4])
+def test_an_outlier_channel_does_not_pass_the_other_groups_off_as_noise(outlier):
+    generator = torch.Generator().manual_seed(0)
+    E, X = torch.randn(96, 128, generator=generator), torch.randn(128, 500, generator=generator)
+    X[3] *= outlier
+    H = X @ X.T
+    best, zero = grouped_optimum(E.double(), X.double() @ X.double().T, 16, 8), calibrated_error(E, *nothing(E), H)
+    A, B = als_init(E, H, 16, group_size=8)
+    assert best < 0.99 * zero and calibrated_error(E, A, B, X.double() @ X.double().T) < best + 1e-3 * best
+
+
+@given(weights(), st.sampled_from([2, 3, 4, 8]), st.data())
+def test_groups_are_rounded_to_equal_steps_from_their_least_to_their_greatest_weight(W, bits, data):
+    n = W.shape[1]
+    g = data.draw(st.sampled_from([g for g in range(1, n + 1) if n % g == 0]))
+    base = quantize(W, bits, group_size=g)
+    assert base.codes.numel() == math.ceil(W.numel() / math.lcm(bits, 8) * bits) * math.lcm(bits, 8) // 8
+    groups, Q = W.double().view(-1, g), base.dequantize(torch.float64).view(-1, g)
+    low, high = groups.aminmax(dim=1, keepdim=True)
+    rounding = 1e-6 * groups.abs().amax(1, keepdim=True)
+    assert ((Q - low >= -rounding) & (Q - high <= rounding)).all()
+    grid = low[..., None] + (high - low)[..., None] * torch.arange(2**bits).double() / (2**bits - 1)
+    assert ((Q - groups).abs() <= (grid - groups[..., None]).abs().amin(-1) + 2 * rounding).all(), "the nearest of them"
+    assert base.dequantize().dtype == W.dtype
+
+
+@st.composite
+def grouped_layers(draw):
+    """A linear layer, its H or None, a group size, bits, and options; float64."""
+    g, groups, out = draw(st.integers(1, 6)), draw(st.integers(1, 6)), draw(st.integers(1, 20))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    linear = nn.Linear(g * groups, out, bias=draw(st.booleans())).double()
+    linear.weight.data = torch.randn(out, g * groups, generator=generator, dtype=torch.float64)
+    linear.weight.data[draw(st.integers(0, out - 1)), :g] = draw(st.sampled_from([0.0, -3.0, 1e-9]))  # a group without a range
+    X = torch.randn(g * groups, 3 * g * groups, generator=generator, dtype=torch.float64)
+    options = dict(rank=draw(st.integers(1, min(out, g * groups))), group_size=g, rslora=draw(st.booleans()))
+    options |= dict(bits=draw(st.sampled_from([2, 3, 4, 8])), alpha=draw(st.sampled_from([1.0, 16.0])))
+    return linear, X @ X.T if draw(st.booleans()) else None, options
+
+
+@given(grouped_layers(), st.integers(0, 2**31))
+def test_a_merged_layer_is_the_same_function_with_the_same_codes(problem, seed):
+    linear, H, options = problem
+    layer = QALoRALinear.from_linear(linear, H, **options)
+    generator = torch.Generator().manual_seed(seed)
+    for factor in (layer.lora_A, layer.lora_B):  # as training leaves them
+        factor.data += torch.randn(factor.shape, generator=generator, dtype=torch.float64)
+    x = torch.randn(3, 2, linear.in_features, generator=generator, dtype=torch.float64)
+    before, codes, scale, weight = layer(x), layer.base.codes.clone(), layer.base.absmax.clone(), layer.merged_weight()
+    assert torch.allclose(before, F.linear(x, weight, linear.bias), rtol=0, atol=1e-10 * before.abs().max().item())
+    layer.merge()
+    assert torch.allclose(layer(x), before, rtol=0, atol=1e-10 * before.abs().max().item())
+    assert torch.equal(layer.base.codes, codes) and torch.equal(layer.base.absmax, scale)
+    assert layer.lora_A is None and not list(p for p in layer.parameters() if p.requires_grad)
+    layer.merge()  # nothing is left to merge
+    assert torch.allclose(layer.merged_weight(), weight, rtol=0, atol=1e-10 * weight.abs().max().item())
+
+
+@given(grouped_layers())
+def test_a_grouped_layer_starts_at_the_product_of_its_solver_and_without_data_at_zero(problem):
+    linear, H, options = problem
+    layer, g = QALoRALinear.from_linear(linear, H, **options), options["group_size"]
+    Q = quantize(linear.weight.detach(), options["bits"], group_size=g).dequantize()
+    W = linear.weight.detach()
+    A, B = als_init(W - Q, H, options["rank"], group_size=g) if H is not None else (torch.zeros(len(W), 1), torch.zeros(1, 1))
+    expected = Q + (A @ B.T if H is not None else 0)
+    assert layer.lora_A.shape == (options["rank"], linear.in_features // g)
+    assert torch.allclose(layer.merged_weight(), expected, atol=1e-10)
+    norm, reached = (calibrated_error(M, *nothing(M), H) for M in (W, W - expected))
+    assert layer.report["initialized"] ** 2 * norm == pytest.approx(reached, rel=1e-6, abs=1e-12 * norm + 1e-300)
+
+
+@pytest.mark.parametrize("init", quailora.INITS)
+def test_every_method_of_the_family_takes_groups(init):
+    linear, H = make_linear(n=64, out=40)
+    layer = QALoRALinear.from_linear(linear, H, 4, 3, 8, init=init, floor=True)
+    assert layer.report["initialized"] <= layer.report["quantized"] * (1 + 1e-9)
+    if init in ("als", "exact", "quailora"):
+        assert layer.report["floor"] * (1 - 1e-9) <= layer.report["initialized"]
+    if init in ("cloq", "joint"):
+        assert layer.report["initialized"] < QALoRALinear.from_linear(linear, H, 4, 3, 8).report["initialized"]
+
+
+def test_gradients_of_a_grouped_layer_are_the_dense_ones():
+    linear, H = make_linear(n=48, out=40)
+    layer = QALoRALinear.from_linear(linear, H, 8, group_size=8)
+    x = torch.randn(5, 48, dtype=torch.float64, requires_grad=True)
+    lora_A, lora_B = (M.detach().clone().requires_grad_() for M in (layer.lora_A, layer.lora_B))
+    dense = F.linear(x, layer.base.dequantize() + layer.scaling * lora_B @ lora_A @ pooling(48, 8), linear.bias)
+    ours, theirs = (
+        torch.autograd.grad(y.square().sum(), [x, *M])
+        for y, M in ((layer(x), (layer.lora_A, layer.lora_B)), (dense, (lora_A, lora_B)))
+    )
+    assert all(torch.allclose(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("group_size, bits, message", [
+    (7, 4, "group_size 7 does not divide in = 32"), (0, 4, "group_size 0 does not divide"), (8, 16, "bits must be 2, 3, 4, 8"),
+])  # fmt: skip
+def test_a_group_size_that_does_not_fit_is_refused(group_size, bits, message):
+    linear = nn.Linear(32, 16)
+    with pytest.raises(ValueError, match=message):
+        QALoRALinear.from_linear(linear, rank=4, bits=bits, group_size=group_size)
+    model = nn.Sequential(linear)
+    with pytest.raises(ValueError, match=message):
+        apply_quailora(model, None, 4, bits=bits, init="qlora", group_size=group_size)
+    assert model[0] is linear
+    if bits == 4:
+        with pytest.raises(ValueError, match=message):
+            als_init(torch.ones(4, 32), torch.eye(32), 2, group_size=group_size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # 3  The layer
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -516,7 +739,12 @@ def test_calibrated_rounding_makes_every_error_good_in_the_best_way_in_the_input
         X[3], X[5] = 0, X[4]
     H, base = X @ X.T, quantize(W, bits)
     damped = H + 0.03 * H.diagonal().mean() * torch.eye(n)
-    levels, scale, rest, Q = quailora._table(bits, W.device).double(), base.scale_of_each().double(), W.clone(), W.clone()
+    levels, scale, rest, Q = (
+        quailora._table(bits, W.device).double(),
+        base.of_each(base.scales()).double(),
+        W.clone(),
+        W.clone(),
+    )
     for j in range(n):
         nearest = (rest[:, j, None] - levels * scale[:, j, None]).abs().argmin(1)
         Q[:, j] = levels[nearest] * scale[:, j]
@@ -1107,6 +1335,35 @@ def test_transformers_and_peft_load_a_base_that_is_not_the_nearest_one(family, i
         assert torch.allclose(theirs(**batches[0]).logits, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("family", ["opt", "gpt2", "bloom"])
+def test_a_qa_lora_model_is_saved_loaded_and_merged_without_loss(family, bits, tmp_path):
+    batches, model = token_batches(), tiny(family)
+    rows = apply_quailora(model, batches, rank=12, bits=bits, group_size=8)
+    assert all(type(layer) is QALoRALinear for layer in quailora._lora_layers(model).values())
+    assert all(row["floor"] * (1 - 1e-6) <= row["initialized"] <= row["quantized"] for row in rows)
+    quailora.save_adapter(model, tmp_path / "adapter")
+    loaded = tiny(family)
+    quailora.load_adapter(loaded, tmp_path / "adapter")
+    expected = model(**batches[0]).logits
+    assert torch.equal(loaded(**batches[0]).logits, expected)
+    with pytest.raises(ValueError, match="another base: groups True, and here False"):
+        other = tiny(family)
+        apply_quailora(other, None, rank=12, bits=bits, init="qlora", **({} if bits == 8 else {"block_size": 8}))
+        quailora.load_adapter(other, tmp_path / "adapter")
+    codes = {name: layer.base.codes.clone() for name, layer in quailora._lora_layers(model).items()}
+    assert quailora.merge(model) is model
+    merged = model(**batches[0]).logits
+    assert torch.allclose(merged, expected, atol=1e-5 * expected.abs().max().item())
+    quailora.save_base(model, tmp_path / "merged")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "merged")
+    for blank in (tiny(family), transformers.AutoModelForCausalLM.from_config(config)):
+        quailora.load_base(blank.eval(), tmp_path / "merged")
+        assert torch.equal(blank(**batches[0]).logits, merged)
+        for name, layer in quailora._lora_layers(blank).items():
+            assert torch.equal(layer.base.codes, codes[name]) and layer.lora_A is None
+
+
 def test_an_adapter_is_refused_on_another_base_and_when_it_is_damaged(tmp_path):
     model = tiny("opt")
     apply_quailora(model, None, rank=8, init="svd")
@@ -1130,8 +1387,13 @@ def test_an_adapter_is_refused_on_another_base_and_when_it_is_damaged(tmp_path):
     with pytest.raises(ValueError, match="a base of its own .quailora.: give the folder of save_base too"):
         quailora.load_adapter(nearest, tmp_path / "own")
     apply_quailora(other_scales, None, rank=8, init="qlora", double_quant=False)
-    with pytest.raises(ValueError, match="was rounded in another block size, or with another double quantization"):
-        quailora.load_adapter(other_scales, tmp_path / "own", tmp_path / "base")
+    quailora.load_adapter(other_scales, tmp_path / "own", tmp_path / "base")  # the base comes with its scales
+    batch = token_batches(padded=False)[0]
+    assert torch.equal(other_scales(**batch).logits, of_its_own(**batch).logits)
+    with pytest.raises(ValueError, match=r"decoder.* is \(.*\) in .*base and None in the model"):
+        quailora.load_base(tiny("llama"), tmp_path / "base")
+    with pytest.raises(FileNotFoundError, match="own2 holds no"):
+        quailora.load_base(tiny("opt"), tmp_path / "own2")
     refused("another base: block_size 64, and here 128", rank=8, block_size=128)
     refused("another base: double_quant True, and here False", rank=8, double_quant=False)
     refused(
