@@ -1461,8 +1461,9 @@ def test_train_runs_from_end_to_end_and_repeats_exactly(opt_folder, tmp_path):
     assert result["init"] == "quailora" and result["bits"] == 4 and result["rank"] == 8 and result["seed"] == 0
     assert len(result["layers"]) == 12 and all(row["als"] < row["quantized"] for row in result["layers"])
     assert result["full_precision_perplexity"] > 1 and result["quantized_perplexity"] > 1 and result["peak_memory_mb"] > 100
-    assert set(result["seconds"]) == {"load", "evaluate", "calibrate", "initialize", "train", "total"}
-    assert "| fine-tuned, 3 steps |" in process.stdout
+    assert set(result["seconds"]) == {"load", "evaluate", "calibrate", "initialize", "train", "merge", "total"}
+    assert "| fine-tuned, 3 steps |" in process.stdout and "| adapter merged into the 4 bits |" in process.stdout
+    assert result["merged_perplexity"] != pytest.approx(curves[0][-1][1], rel=1e-5), "rounded again"
     assert (tmp_path / "a/adapter/adapter_model.safetensors").is_file()
 
 
@@ -1605,7 +1606,7 @@ def test_compare_runs_every_method_on_the_same_terms_and_goes_on_where_it_was(tm
     assert len(calibrations) == 2 and len(ran) == len(runs) - 5 == 2 + 7 + 1 + 2 + 2  # methods, sweep, calibration, ranks
     assert len({run["full_precision_perplexity"] for run in runs}) == 1
     methods = train.compared(train.parse_args(arguments))
-    of = {name: [r for r in runs if (r["init"], r["bits"]) == kind] for name, kind in methods.items()}
+    of = {name: [r for r in runs if kind.items() <= r["settings"].items()] for name, kind in methods.items()}
     for name in methods:
         (first, *_) = of[name]
         curve = first["perplexity"]
@@ -1636,6 +1637,36 @@ def test_compare_runs_every_method_on_the_same_terms_and_goes_on_where_it_was(tm
     with pytest.raises(SystemExit, match="2"):
         train.main([argument for argument in arguments if argument != "--compare"])
     assert "holds a comparison: give --compare" in capsys.readouterr().err
+
+
+def test_qa_lora_is_merged_without_loss_and_stands_in_the_comparison(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: type("Spawn", (), {"Process": Inline}))
+    broken_model(tmp_path / "llama", family="llama")
+    arguments = ["--model", str(tmp_path / "llama"), *TINY_RUN, "--group-size", "8", "--bits", "3"]
+    train.main([*arguments, "--method", "qa-lora", "--out", str(tmp_path / "one")])
+    one = json.loads((tmp_path / "one/results.json").read_text())["runs"][0]
+    assert one["merged_perplexity"] == pytest.approx(one["perplexity"][-1][1], rel=1e-5)
+    assert one["perplexity"][0][1] != one["quantized_perplexity"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    quailora.load_base(model, tmp_path / "one/merged")
+    blocks = train.token_blocks(train.load_texts("python"), T.AutoTokenizer.from_pretrained(tmp_path / "llama"), 32)[-4:]
+    with torch.no_grad():
+        assert math.exp(model(input_ids=blocks, labels=blocks).loss) == pytest.approx(one["merged_perplexity"], rel=1e-5)
+    methods = ["--methods", "qlora", "qa-qlora", "qa-quailora"]
+    train.main([*arguments, "--compare", *methods, "--out", str(tmp_path / "compare")])
+    runs = json.loads((tmp_path / "compare/results.json").read_text())["runs"]
+    assert [(run["settings"]["method"], run["init"], run["bits"]) for run in runs] == [
+        ("lora", "qlora", 3), ("qa-lora", "qlora", 3), ("qa-lora", "quailora", 3), ("lora", "qlora", 8), ("lora", "qlora", 16),
+    ]  # fmt: skip
+    lora, zero, ours, *_ = runs
+    assert zero["perplexity"][0][1] == zero["quantized_perplexity"] == ours["quantized_perplexity"]
+    assert lora["quantized_perplexity"] != zero["quantized_perplexity"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| QLoRA", "| QA-LoRA", "| LoRA"))]
+    assert [line.split(" | ")[0] for line in lines] == [
+        "| QLoRA, 3 bits", "| QA-LoRA, zero start, 3 bits", "| QA-LoRA, QuAILoRA, 3 bits", "| QLoRA, 8 bits",
+        "| LoRA, full precision",
+    ]  # fmt: skip
+    assert f" | {ours['merged_perplexity']:.3f} | " in lines[2]
 
 
 def test_a_run_on_a_base_of_its_own_is_gone_on_with_and_leaves_base_and_adapter(tmp_path, monkeypatch):

