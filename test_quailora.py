@@ -600,7 +600,8 @@ def test_grouped_factors_are_finite_and_never_worse_than_plain_quantization_in_f
     for A, B in (als_init(E, H, rank, group_size=g), exact_init(E, H, rank, g)):
         assert A.dtype == B.dtype == torch.float32 and A.isfinite().all() and B.isfinite().all()
         assert error(A, B) ** 2 <= error(*nothing(E)) ** 2 + rounding
-        assert all(factor.isfinite().all() for factor in quailora.split_product(A, B[::g], scaling=0.25))
+        if (A.double() @ B.double().T).abs().amax() < 1e36:  # beyond, lora_B has no float32
+            assert all(factor.isfinite().all() for factor in quailora.split_product(A, B[::g], scaling=0.25))
 
 
 @pytest.mark.parametrize("outlier", [1e2, 1e4])
