@@ -316,7 +316,7 @@ def _sandwich(R: Tensor, H: Tensor) -> Tensor:
         return R @ H.double() @ R.T
     r, h = float(R.abs().max()) or 1.0, float(size[~large].max()) or 1.0  # to stay within the range of float32
     rest = (R / r).masked_fill(large, 0).float()
-    T, R = (rest / h) @ H.float(), R[:, large] / r
+    T, R = (rest / h) @ H if H.dtype == torch.float32 else rest @ (H / h).float(), R[:, large] / r
     cross = T[:, large].double() @ R.T
     return r**2 * h * ((T @ rest.T).double() + cross + cross.T + R @ (H[large][:, large].double() / h) @ R.T)
 
@@ -345,7 +345,7 @@ class _Problem:
         if group_size < 1 or E.shape[1] % group_size:
             raise ValueError(f"group_size {group_size} does not divide in = {E.shape[1]}")
         self.columns, self.dtype, self.group_size, total = rank, _at_least_float32(E), group_size, None
-        noise = len(E.T) * torch.finfo(self.dtype if H is None else H.dtype).eps
+        noise = 8 * torch.finfo(self.dtype if H is None else _at_least_float32(H)).eps
         E = E.double()
         if group_size > 1 or self.dtype == torch.float64:
             H = None if H is None else H.double()
@@ -353,8 +353,8 @@ class _Problem:
             EH = E if H is None else E @ H
             total, pooled = float((EH * E).sum()), lambda M: M.unflatten(-1, (-1, group_size)).sum(-1)  # M P^T
             K = pooled(pooled(torch.eye(len(E.T), dtype=E.dtype, device=E.device) if H is None else H).T)  # (in/g, in/g)
-            size = K.diagonal().sqrt()
-            size = size.where(size > 0, 1)  # inputs of unit size: an outlier must not pass the others off as noise
+            size, most = K.diagonal(), K.diagonal() if H is None else pooled(pooled(H.abs()).T).diagonal()
+            size = size.where(size > noise * most, math.inf).sqrt()  # in the units of each input, or large ones hide the others
             F = pooled(EH) / size @ torch.linalg.pinv(K / size / size[:, None], rtol=noise, hermitian=True) / size
             E, H = F, K
         self.rank, exact = min(rank, *E.shape), self.dtype == torch.float64 or group_size > 1
@@ -393,10 +393,11 @@ class _Problem:
         With B = R^T A, (5) is A = G A (A^T G A)^-1. The r x r factor changes the basis of A but not its span, and the span
         is all that (6) sees, so A = orth(G A) does for both: a subspace iteration, with no system that could be singular.
         """
-        A, best, most, errors = self.start(), None, -math.inf, []
+        A, most, errors = self.start(), 0.0, []
+        best = torch.zeros_like(A)
         for step in range(steps + 1):
             Y = self.G @ A  # (6) B^T = (A^T A)^-1 A^T E = A^T E, so that Y = E H B
-            captured = float((A * Y).sum())  # tr A^T G A
+            captured = max(0.0, float((A * Y).sum()))  # tr A^T G A
             errors.append(self.error(captured))
             if captured > most:  # only rounding can make a later iterate the worse one
                 best, most = A, captured
@@ -488,7 +489,7 @@ def feedback(H: Tensor, B: Tensor | None = None, damping: float = 0.03) -> Tenso
     H = H.double()
     least = 1e-9 * H.diagonal().mean()  # above the rounding errors of what follows
     if B is not None:
-        HB = H @ (B := _orthonormal(B.double()))
+        HB = H @ (B := _orthonormal(B[:, B.norm(dim=0) > 0].double()))
         H = H - HB @ torch.linalg.pinv(B.T @ HB, hermitian=True) @ HB.T
     shift = damping * H.diagonal().mean().clamp(min=0) + (least if least > 0 else 1)
     H = (H + torch.diag(shift.expand(len(H)))).flip(0, 1)
@@ -647,6 +648,7 @@ class LoRALinear(nn.Module):
         layer = cls(base, *factors, alpha, rslora, linear.bias)
         base.dtype, layer.own_base = weight.dtype, bits < 16 and not nearest
         h = 1.0 if H is None else float(H.diagonal().max()) or 1.0  # as in _sandwich
+        W = W.to(_at_least_float32(W))
         norm = h / 2 * float(((W if H is None else (W / h) @ H.to(W.dtype)) * W).double().sum())
         relative = lambda error: error and (math.sqrt(error / norm) if norm else 0.0)  # noqa: E731
         layer.report = {key: value if key == "seconds" else relative(value) for key, value in report.items()}
@@ -659,18 +661,24 @@ class LoRALinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         out = self.base(x)
         if self.lora_A is not None:
-            update = F.linear(self._read(x.to(self.lora_A.dtype)), self.lora_A) * self.scaling
-            out = out + F.linear(update, self.lora_B).to(x.dtype)
-        return out if self.bias is None else out + self.bias.to(x.dtype)
+            x = x.to(self.lora_A.dtype)
+            x = x if self.group_size == 1 else x.unflatten(-1, (-1, self.group_size)).sum(-1)  # P x
+            update = F.linear(x, self.lora_A) * self.scaling
+            out = out + F.linear(update, self.lora_B).to(out.dtype)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
-    def _read(self, x: Tensor) -> Tensor:
-        """What the adapter reads of x."""
-        return x
+    @property
+    def group_size(self) -> int:
+        """How many inputs the adapter reads as their sum."""
+        return 1 if self.base.zero is None else self.base.block_size
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """Q + scaling * lora_B lora_A, (out, in), in the dtype of the factors."""
-        return self.base.dequantize(self.lora_A.dtype) + self.scaling * self.lora_B @ self.lora_A
+        """Q + scaling * lora_B lora_A, (out, in), in the dtype of the factors; without an adapter Q."""
+        if self.lora_A is None:
+            return self.base.dequantize(_at_least_float32(self.base.scales()))
+        update = self.scaling * self.lora_B @ self.lora_A
+        return self.base.dequantize(self.lora_A.dtype) + update.repeat_interleave(self.group_size, 1)
 
     def extra_repr(self) -> str:
         return (
@@ -699,17 +707,6 @@ class QALoRALinear(LoRALinear):
         """
         init = init or ("qlora" if H is None else "quailora")
         return super().from_linear(linear, H, rank, alpha, bits, steps, init, rslora, floor, W, group_size=group_size)
-
-    def _read(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.base.block_size)).sum(-1)  # P x
-
-    @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """Q + scaling * lora_B lora_A P, (out, in), in the dtype of the factors, or after `merge` Q in that of the scales."""
-        if self.lora_A is None:
-            return self.base.dequantize(self.base.zero.dtype)
-        update = self.scaling * self.lora_B @ self.lora_A  # (out, in / group_size)
-        return self.base.dequantize(self.lora_A.dtype) + update.repeat_interleave(self.base.block_size, 1)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -942,6 +939,8 @@ def apply_quailora(
     a weight.
     """
     _check_options(alpha, init, steps)
+    if layout.get("group_size") is not None and len(layout) > 1:
+        raise ValueError(f"group_size does not go with {', '.join(sorted(layout.keys() - {'group_size'}))}")
     group_size, skip = layout.get("group_size"), [skip] if isinstance(skip, str) else list(skip)
     layers, kind = checked_layers(model, rank, skip, group_size), LoRALinear if group_size is None else QALoRALinear
     quantize(torch.zeros(1, group_size or 2), bits, **layout)  # raises for its options
@@ -1035,7 +1034,8 @@ def _factors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Write the adapter of `apply_quailora` to `folder` as peft does: adapter_model.safetensors and adapter_config.json.
+    """Write the adapter of `apply_quailora` to `folder` as peft does: adapter_model.safetensors and adapter_config.json. (peft
+    loads LoRA's; QA-LoRA's are for `load_adapter` alone.)
 
     The metadata of the former record the base that it was made for. Each file is complete or is not there: it is written
     under another name first. Raises ValueError if the model has no LoRALinear, OSError if the disk is full. Needs safetensors.
@@ -1043,7 +1043,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     from safetensors.torch import save
 
     layers = _lora_layers(model)
-    if not layers:
+    if not layers or not _factors(model):
         raise ValueError(f"{type(model).__name__} has no adapter to save")
     first = next(iter(layers.values()))
     factors = {f"base_model.model.{name}.weight": p.detach().cpu().contiguous() for name, p in _factors(model).items()}
@@ -1118,8 +1118,9 @@ def load_base(model: nn.Module, folder: str | Path) -> None:
 
     files = [safe_open(file, "pt") for file in Path(folder).glob("*.safetensors")]
     tensors = {key: file.get_tensor(key) for file in files for key in file.keys()}  # noqa: SIM118
-    if not tensors:
-        raise FileNotFoundError(f"{folder} holds no *.safetensors")
+    if not any(".weight.quant_state." in key for key in tensors):
+        error = ValueError if tensors else FileNotFoundError
+        raise error(f"{folder} holds no *.safetensors of save_base")
     states = {key.partition(".weight.quant_state.")[0]: key for key in tensors if ".weight.quant_state." in key}
     for name, state in states.items():
         state, key = json.loads(bytes(tensors.pop(state).tolist())), f"{name}.weight"
@@ -1134,14 +1135,18 @@ def load_base(model: nn.Module, folder: str | Path) -> None:
         if shape != base.shape:
             raise ValueError(f"{key} is {tuple(base.shape)} in {folder} and {shape and tuple(shape)} in the model")
         if isinstance(layer, LoRALinear):
-            layer.base = base.to(layer.base.codes.device)
+            grouped = [b.block_size if b.zero is not None else "none" for b in (base, layer.base)]
+            if grouped[0] != grouped[1]:
+                raise ValueError(f"{key} has a group_size of {grouped[0]} in {folder} and {grouped[1]} in the model")
+            layer.base, layer.own_base = base.to(layer.base.codes.device), True
         else:
             kind = LoRALinear if base.zero is None else QALoRALinear
             _replace(model, layer, rounded := kind(base.to(layer.weight.device), None, None, 1.0, bias=layer.bias))
-            rounded.kind = type(layer)
+            rounded.kind, rounded.own_base = type(layer), True
             rounded.train(layer.training)
     model.load_state_dict({key: x for key, x in tensors.items() if ".weight." not in key}, strict=False)
-    model.requires_grad_(False)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.endswith((".lora_A", ".lora_B")))
 
 
 @torch.no_grad()
@@ -1189,9 +1194,8 @@ def load_adapter(model: nn.Module, folder: str | Path, base: str | Path | None =
             raise ValueError(f"the adapter was made for another base: {what} {theirs[key]}, and here {ours[key]}")
     for layer in _lora_layers(model).values():
         if layer.lora_A is None:
-            out, n = layer.base.shape
-            factor = layer.bias if layer.bias is not None else layer.base.scales()
-            layer.set_adapter(factor.new_zeros(rank, n), factor.new_zeros(out, rank), alpha, rslora)
+            (out, n), like = layer.base.shape, layer.base.scales()  # at least float32
+            layer.set_adapter(like.new_zeros(rank, n // layer.group_size), like.new_zeros(out, rank), alpha, rslora)
     factors = {key.removeprefix("base_model.model.").removesuffix(".weight"): factor for key, factor in factors.items()}
     parameters = _factors(model)
     for name in sorted(factors.keys() | parameters.keys()):
