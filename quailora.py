@@ -23,6 +23,7 @@ QuAILoRA starts it where it cancels as much of the rounding as rank r can, on in
     G                E H E^T   (k, k)       what (1) depends on, seen from the smaller side of E: k = min(out, in), `_Problem`
 
 QLoRA, LoftQ, QERA, CLoQ are neighbours: other choices of how W is rounded, how A, B are found, and how often in turn, `INITS`.
+QA-LoRA is a sibling: an adapter on sums of inputs, which merges into the rounded weights without loss, `QALoRALinear`.
 
 Usage:      rows = apply_quailora(model, batches)     # replaces the linear layers of a torch model; then train as usual
 
@@ -291,17 +292,18 @@ def _at_least_float32(M: Tensor) -> torch.dtype:
     return torch.promote_types(M.dtype, torch.float32)
 
 
-def _orthonormal(A: Tensor) -> Tensor:
-    return torch.linalg.qr(A).Q
-
-
 def _thin_qr(E: Tensor) -> tuple[Callable, Tensor]:
-    """R, (in, in), of E = P R with orthonormal columns P, (out, in), and the function A -> P A."""
+    """R, (n, n), of E = P R with orthonormal columns P, (m, n), m >= n, and the function A -> P A."""
     R, failed = torch.linalg.cholesky_ex(E.T @ E, upper=True)  # R^T R = E^T E, in a third of the time of a QR
-    if failed or (R.diagonal() < 1e-4 * E.norm(dim=0)).any():
+    if failed or not (R.diagonal() >= 1e-3 * E.norm(dim=0)).all():  # P^T P would be I to fewer than 10 digits
         P, R = torch.linalg.qr(E)
         return lambda A: P @ A, R
     return lambda A: E @ torch.linalg.solve_triangular(R, A, upper=True), R
+
+
+def _orthonormal(A: Tensor) -> Tensor:
+    """An orthonormal basis, (m, n), of the span of A, (m, n), m >= n."""
+    return _thin_qr(A)[0](torch.eye(A.shape[1], dtype=A.dtype, device=A.device))
 
 
 def _sandwich(R: Tensor, H: Tensor) -> Tensor:
