@@ -51,6 +51,27 @@ try:  # rounds and unrounds 4-bit weights where it is installed, so that the bas
 except ImportError:
     bitsandbytes = None
 
+
+def _check(W: Tensor, H: Tensor | None = None, rank: int = 1, group_size: int | None = None, name: str = "") -> None:
+    """ValueError, with the numbers, for a weight or error W, (out, in), that cannot be rounded or solved for."""
+    of = name and f" of {name}"
+    if W.ndim != 2 or not W.is_floating_point() or not W.numel():
+        raise ValueError(f"expected a 2-D float weight{of}, got {W.dtype} of shape {tuple(W.shape)}")
+    if H is not None and H.shape != (W.shape[1], W.shape[1]):
+        raise ValueError(f"H{of} must be {(W.shape[1], W.shape[1])}, got {tuple(H.shape)}")
+    if not 1 <= rank <= min(W.shape):
+        raise ValueError(f"rank {rank} is not within 1 .. min(out, in) = {min(W.shape)}{of}")
+    if group_size is not None and (group_size < 1 or W.shape[1] % group_size):
+        raise ValueError(f"group_size {group_size} does not divide in = {W.shape[1]}{of}")
+    for M, entries in (W, "weights"), (H, "entries of H"):
+        if M is not None and not math.isfinite(M.sum(dtype=torch.float64)):  # an inf or a NaN stays one in a sum
+            raise ValueError(f"{(~M.isfinite()).sum()} of {M.numel()} {entries}{of} are NaN or inf")
+
+
+def _at_least_float32(M: Tensor) -> torch.dtype:
+    return torch.promote_types(M.dtype, torch.float32)
+
+
 # ---------------------------------------------------------------------------------------------- 1  Quantization: W -> Q
 
 BITSANDBYTES_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -230,19 +251,14 @@ def quantize(
     Raises ValueError if W is not a 2-D float matrix, holds NaN or inf, bits or block_size are not supported, or group_size does
     not divide `in`.
     """
-    if W.ndim != 2 or not W.is_floating_point() or not W.numel():
-        raise ValueError(f"expected a 2-D float weight, got {W.dtype} of shape {tuple(W.shape)}")
+    _check(W.float() if W.is_floating_point() and not group_size else W, group_size=group_size)
     if bits not in (2, 3, 4, 8, 16) or (bits == 16 and group_size is not None):
         raise ValueError(f"bits must be 2, 3, 4, 8 or{' (without group_size)' * (group_size is not None)} 16, got {bits}")
     if block_size < 2 or block_size % 2:
         raise ValueError(f"block_size must be even and positive, got {block_size}")
-    if group_size is not None and (group_size < 1 or W.shape[1] % group_size):
-        raise ValueError(f"group_size {group_size} does not divide in = {W.shape[1]}")
-    x = W.float()
-    if not _finite(x):
-        raise ValueError(f"{(~x.isfinite()).sum()} of {x.numel()} weights are NaN or inf")
     if bits == 16:
         return QuantizedWeight(W.shape, W.dtype, 16, None, W.clone())
+    x = W.float()
     if group_size:
         groups = W.to(_at_least_float32(W)).reshape(-1, group_size)
         least, size = groups.amin(1), groups.abs().amax(1)
@@ -272,24 +288,6 @@ def quantize(
 
 
 # ----------------------------------------------------------------------------------- 2  The low-rank part: E, H -> A, B
-
-
-def _finite(M: Tensor) -> bool:
-    return math.isfinite(M.sum(dtype=torch.float64))  # an inf or a NaN stays one in a sum
-
-
-def _check(E: Tensor, H: Tensor | None, rank: int) -> None:
-    """ValueError for arguments that no solver can take."""
-    if E.ndim != 2 or (H is not None and H.shape != (E.shape[1], E.shape[1])):
-        raise ValueError(f"expected E (out, in) and H (in, in), got {[tuple(M.shape) for M in (E, H) if M is not None]}")
-    if not 1 <= rank <= min(E.shape):
-        raise ValueError(f"rank {rank} is not within 1 .. min(out, in) = {min(E.shape)}")
-    if not (_finite(E) and (H is None or _finite(H))):
-        raise ValueError("E or H holds NaN or inf")
-
-
-def _at_least_float32(M: Tensor) -> torch.dtype:
-    return torch.promote_types(M.dtype, torch.float32)
 
 
 def _thin_qr(E: Tensor) -> tuple[Callable, Tensor]:
@@ -343,9 +341,7 @@ class _Problem:
     """
 
     def __init__(self, E: Tensor, H: Tensor | None, rank: int, group_size: int = 1):
-        _check(E, H, rank)
-        if group_size < 1 or E.shape[1] % group_size:
-            raise ValueError(f"group_size {group_size} does not divide in = {E.shape[1]}")
+        _check(E, H, rank, group_size)
         self.columns, self.dtype, self.group_size, total = rank, _at_least_float32(E), group_size, None
         noise = 8 * torch.finfo(self.dtype if H is None else _at_least_float32(H)).eps
         E = E.double()
@@ -750,13 +746,7 @@ def checked_layers(
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear layers to replace")
     for name, layer in layers.items():
-        W = _weight(layer)
-        if not 1 <= rank <= min(W.shape):
-            raise ValueError(f"rank {rank} is not within 1 .. min(out, in) = {min(W.shape)} of {name}")
-        if group_size is not None and (group_size < 1 or W.shape[1] % group_size):
-            raise ValueError(f"group_size {group_size} does not divide in = {W.shape[1]} of {name}")
-        if not _finite(W):
-            raise ValueError(f"{(~W.isfinite()).sum()} of {W.numel()} weights of {name} are NaN or inf")
+        _check(_weight(layer), None, rank, group_size, name)
     return layers
 
 
@@ -880,12 +870,8 @@ def _one_after_the_other(model: nn.Module, batches: Iterable, layers: dict[str, 
     device, results, known = next(model.parameters()).device, {}, WeakIdKeyDictionary()
     parts = [_arguments(batch, device) for batch in batches]
     twice = lambda xs: torch.cat([*xs, *xs]) if isinstance(xs[0], Tensor) else xs[0]  # noqa: E731
-    if (
-        len(
-            {(*kwargs, *(x.shape[1:] for x in (*args, *kwargs.values()) if isinstance(x, Tensor))) for args, kwargs, _ in parts}
-        )
-        != 1
-    ):
+    kinds = {(*named, *(x.shape[1:] for x in (*xs, *named.values()) if isinstance(x, Tensor))) for xs, named, _ in parts}
+    if len(kinds) != 1:
         raise ValueError("sequential=True needs batches of the same keys, with sequences of one length")
     args = [twice(xs) for xs in zip(*(args for args, _, _ in parts), strict=True)]
     kwargs = {key: twice([kwargs[key] for _, kwargs, _ in parts]) for key in parts[0][1]}
@@ -958,10 +944,10 @@ def apply_quailora(
         raise ValueError(f"sequential=True needs batches, no H, and a method that uses them, not {init!r}")
     if H is not None:
         passes = [dict(H)]
+        if missing := [name for name in layers if name not in H]:
+            raise ValueError(f"H has nothing for {missing[0]}")
         for name, layer in layers.items():
-            n = _weight(layer).shape[1]
-            if name not in H or H[name].shape != (n, n):
-                raise ValueError(f"H of {name} must be ({n}, {n}), got {tuple(H[name].shape) if name in H else 'nothing'}")
+            _check(_weight(layer), H[name], name=name)
     elif sequential:
         bar = iter(progress(order))
         waiting, passes = _one_after_the_other(model, batches, layers, lambda *args: (next(bar, None), start(*args))[1]), []
