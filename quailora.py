@@ -313,12 +313,15 @@ def _sandwich(R: Tensor, H: Tensor) -> Tensor:
     size = H.diagonal()
     large = size > 100 * size.median()
     if large.sum() > len(size) / 8:
-        return R @ H.double() @ R.T
-    r, h = float(R.abs().max()) or 1.0, float(size[~large].max()) or 1.0  # to stay within the range of float32
-    rest = (R / r).masked_fill(large, 0).float()
-    T, R = (rest / h) @ H if H.dtype == torch.float32 else rest @ (H / h).float(), R[:, large] / r
-    cross = T[:, large].double() @ R.T
-    return r**2 * h * ((T @ rest.T).double() + cross + cross.T + R @ (H[large][:, large].double() / h) @ R.T)
+        return R.double() @ H.double() @ R.T.double()
+    r, h = float(torch.linalg.vector_norm(R, math.inf)) or 1.0, math.sqrt(float(size[~large].max()) or 1.0)
+    rest = (R / r).div_(h).float()  # in these units the products stay within the range of float32
+    rest[:, large] = 0
+    T = rest @ H
+    G, T, R = T @ rest.T, T[:, large].double(), R[:, large].double() / (r * h)
+    del rest
+    G = G.double().addmm_(T, R.T).addmm_(R, T.T).addmm_(R @ H[large][:, large].double(), R.T)
+    return G.mul_(r**2).mul_(h**2)
 
 
 class _Problem:
@@ -344,10 +347,9 @@ class _Problem:
         _check(E, H, rank, group_size)
         self.columns, self.dtype, self.group_size, total = rank, _at_least_float32(E), group_size, None
         noise = 8 * torch.finfo(self.dtype if H is None else _at_least_float32(H)).eps
-        E = E.double()
-        if group_size > 1 or self.dtype == torch.float64:
-            H = None if H is None else H.double()
+        E, H = E.to(self.dtype), None if H is None else H.to(_at_least_float32(H))
         if group_size > 1:
+            E, H = E.double(), None if H is None else H.double()
             EH = E if H is None else E @ H
             total, pooled = float((EH * E).sum()), lambda M: M.unflatten(-1, (-1, group_size)).sum(-1)  # M P^T
             K = pooled(pooled(torch.eye(len(E.T), dtype=E.dtype, device=E.device) if H is None else H).T)  # (in/g, in/g)
@@ -355,9 +357,13 @@ class _Problem:
             size = size.where(size > noise * most, math.inf).sqrt()  # in the units of each input, or large ones hide the others
             F = pooled(EH) / size @ torch.linalg.pinv(K / size / size[:, None], rtol=noise, hermitian=True) / size
             E, H = F, K
-        self.rank, exact = min(rank, *E.shape), self.dtype == torch.float64 or group_size > 1
-        self.lift, self.R = _thin_qr(E) if E.shape[0] > E.shape[1] else (lambda A: A, E)
-        self.G = (self.R if H is None else self.R @ H) @ self.R.T if exact or H is None else _sandwich(self.R, H)
+        self.rank = min(rank, *E.shape)
+        self.lift, self.R = _thin_qr(E.double()) if E.shape[0] > E.shape[1] else (lambda A: A, E)
+        if H is None or torch.float64 in (E.dtype, H.dtype):
+            R = self.R.double()
+            self.G = (R if H is None else R @ H.double()) @ R.T
+        else:
+            self.G = _sandwich(self.R, H)
         self.total = float(self.G.trace()) if total is None else total
 
     def error(self, captured: float) -> float:
@@ -366,7 +372,7 @@ class _Problem:
 
     def factors(self, A: Tensor) -> tuple[Tensor, Tensor]:
         """A (out, r) and B (in, r) from an orthonormal A (k, r), in the SVD-balanced form A = U sqrt(S), B = V sqrt(S)."""
-        B = self.R.T @ A  # (6)
+        B = self.R.T.to(A.dtype) @ A  # (6)
         U = torch.linalg.svd(B, full_matrices=False).Vh.T  # A B^T = (A U) (B U)^T, and B U = V S
         A, B = self.lift(A) @ U, B @ U  # not V S: a row of B is as exact as its column of E
         B = B.repeat_interleave(self.group_size, 0)  # P^T B
@@ -377,13 +383,13 @@ class _Problem:
     def start(self) -> Tensor:
         """U_r of (3), (k, r): exact for k <= 256, else from a random sketch of E and two power iterations."""
         if len(self.R) <= 256:
-            return torch.linalg.svd(self.R, full_matrices=False).U[:, : self.rank]
+            return torch.linalg.svd(self.R.double(), full_matrices=False).U[:, : self.rank]
         generator = torch.Generator().manual_seed(0)
-        sketch = torch.randn(self.R.shape[1], self.rank, generator=generator, dtype=torch.float64)
-        A = _orthonormal(self.R @ sketch.to(self.R.device))
+        R = self.R / (torch.linalg.vector_norm(self.R, math.inf) or 1.0)
+        A = R @ torch.randn(R.shape[1], self.rank, generator=generator, dtype=torch.float64).to(R)
         for _ in range(2):
-            A = _orthonormal(self.R @ (self.R.T @ A))
-        return A
+            A = R @ (R.T @ _orthonormal(A))
+        return _orthonormal(A.double())
 
     def als(self, steps: int, every_half_step: bool = False) -> tuple[Tensor, list[float]]:
         """`steps` rounds of (5) and (6): the best orthonormal A (k, r), and the error at the start and after every step.

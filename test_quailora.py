@@ -4,7 +4,6 @@
 Sections as in quailora.py, then train.py.
 """
 
-import contextlib
 import copy
 import gc
 import itertools
@@ -387,8 +386,8 @@ def test_inputs_are_unchanged_and_factors_finite_balanced_and_shaped(problem):
         assert A.shape == (E.shape[0], rank) and B.shape == (E.shape[1], rank) and A.dtype == B.dtype == torch.float64
         assert A.isfinite().all() and B.isfinite().all()
         size = max(1e-300, A.square().sum().item())
-        for M in (A, B):  # 1e-7: where E has not the rank, the root of what rounding leaves
-            assert torch.allclose(M.T @ M, (A.T @ A).diagonal().diag(), atol=1e-7 * size)
+        for M in (A, B):  # 1e-6: where E has not the rank, the root of what rounding leaves
+            assert torch.allclose(M.T @ M, (A.T @ A).diagonal().diag(), atol=1e-6 * size)
 
 
 @given(problems())
@@ -1896,7 +1895,8 @@ def test_quailora_closes_most_of_the_gap_on_smollm2_before_a_single_step(tmp_pat
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# `python test_quailora.py`: a training step beside peft + bitsandbytes, as ratios; nothing here is a test
+# `python test_quailora.py`: what SmolLM2-135M costs beside the limits of the machine and peft + bitsandbytes, as ratios;
+# nothing here is a test
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -1922,32 +1922,125 @@ def training_step(which):
     return step
 
 
+def in_new_process(measure, *arguments):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure, arguments)
+
+
+def seconds_of(call):
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def step_memory(which):
-    """Peak resident MB of two steps in a process of their own."""
+    """Peak resident MB of two steps."""
     step = training_step(which)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (Linux)
-    step(), step()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+    held = resident_mb()
+    return held + quailora._peak_mb(lambda: (step(), step()))[0]
 
 
-def benchmark(rounds=7):
+def resident_mb():
+    return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def compare_steps(rounds=7):
     kinds = ("peft + bitsandbytes", "ours", "ours, torch alone")
-    torch.set_num_threads(os.cpu_count())
     steps = {which: training_step(which) for which in kinds}
     seconds = {which: [] for which in kinds}
     for _ in range(rounds + 1):  # the first is a warm-up
         for which in kinds:
             seconds[which].append(steps[which]())
-    median = {which: sorted(times[1:])[rounds // 2] for which, times in seconds.items()}
-    spawn = multiprocessing.get_context("spawn")
-    with contextlib.ExitStack() as stack:
-        memory = {which: stack.enter_context(spawn.Pool(1)).apply(step_memory, (which,)) for which in kinds}
+    median = {which: statistics.median(times[1:]) for which, times in seconds.items()}
+    memory = {which: in_new_process(step_memory, which) for which in kinds}
     print("| a training step, 4 x 128 tokens | seconds | over peft + bitsandbytes | peak MB | over |\n|---|---|---|---|---|")
     for which in kinds:
         time_ratio, memory_ratio = median[which] / median[kinds[0]], memory[which] / memory[kinds[0]]
         print(f"| {which} | {median[which]:.2f} | {time_ratio:.2f} | {memory[which]:,.0f} | {memory_ratio:.2f} |")
 
 
+def compare_calibration(rounds=3):
+    """16 x 256 tokens in batches of 4, beside a forward pass without the head and X X^T once for each distinct H."""
+    model = T.AutoModelForCausalLM.from_pretrained(train.smollm2(), dtype=torch.float32).eval()
+    batches = torch.randint(0, model.config.vocab_size, (16, 256), generator=torch.Generator().manual_seed(0)).split(4)
+    sizes = [len(H) for H in {id(H): H for H in input_correlations(model, batches[:1]).values()}.values()]
+    inputs = {n: torch.randn(4 * 256, n) for n in set(sizes)}
+
+    def forward():
+        with torch.no_grad():
+            for batch in batches:
+                model.base_model(batch)
+
+    def products():
+        for n in sizes * len(batches):
+            inputs[n].T @ inputs[n]
+
+    times = [[seconds_of(c) for c in (lambda: input_correlations(model, batches), forward, products)] for _ in range(rounds)]
+    ours, forward, products = map(statistics.median, zip(*times, strict=True))
+    print(
+        f"\ncalibration on 16 x 256 tokens: {ours:.1f} s, {ours / (forward + products):.2f} of a forward pass without the head"
+        f" ({forward:.1f} s) and {len(sizes)} products X X^T ({products:.1f} s)"
+    )
+    return model, input_correlations(model, batches)
+
+
+def initialization_memory():
+    """What apply_quailora takes at its peak beyond the model and H, H given."""
+    model, H = calibrated_smollm2()
+    gc.collect()
+    layers = quailora.linear_layers(model).values()
+    largest = max(layer.weight.nbytes for layer in layers) / 2**20
+    before = resident_mb()
+    return before, largest, quailora._peak_mb(lambda: apply_quailora(model, None, H=H, floor=False))[0]
+
+
+def calibrated_smollm2():
+    model = T.AutoModelForCausalLM.from_pretrained(train.smollm2(), dtype=torch.float32).eval()
+    ids = torch.randint(0, model.config.vocab_size, (4, 256), generator=torch.Generator().manual_seed(0))
+    return model, input_correlations(model, [ids])
+
+
+def compare_initialization(model, H):
+    """All 210 layers, H given, beside one product with H and one with E for each in float32, and LoftQ's rounds."""
+    layers, limit = quailora.linear_layers(model), 0.0
+    for name, layer in layers.items():
+        W = layer.weight.detach()
+        limit += seconds_of(lambda: (W @ H[name], W @ W.T if len(W) < len(W.T) else W.T @ W))  # noqa: B023
+    ours, loftq, worst = 0.0, 0.0, 0.0
+    for name, layer in layers.items():
+        report = LoRALinear.from_linear(layer, H[name], floor=True).report
+        ours, worst = ours + report["seconds"], max(worst, (report["initialized"] / report["floor"]) ** 2)
+        loftq += 5 * LoRALinear.from_linear(layer, None, init="svd").report["seconds"]
+    print(
+        f"\ninitialization of {len(layers)} layers, H given: {ours:.1f} s, {ours / limit:.1f} of the limit ({limit:.1f} s), "
+        f"1/{loftq / ours:.1f} of LoftQ's 5 rounds (one round of each layer times 5: {loftq:.0f} s); "
+        f"worst error over the floor {worst:.4f}"
+    )
+    before, largest, peak = in_new_process(initialization_memory)
+    print(
+        f"apply_quailora with H given: {peak:,.0f} MB at its peak beyond model and H ({before:,.0f} MB with the process); "
+        f"the largest layer has {largest:.1f} MB"
+    )
+
+
+def start_up(rounds=3):
+    def first_bar():
+        command = [sys.executable, train.__file__, "--steps", "0", "--out", "/dev/null/none"]
+        start = time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+            while b"%|" not in (process.stderr.read1() or b"%|"):
+                pass
+            process.kill()
+        return time.perf_counter() - start
+
+    command = [sys.executable, train.__file__, "--help"]
+    usage = min(seconds_of(lambda: subprocess.run(command, stdout=subprocess.DEVNULL)) for _ in range(rounds))
+    print(f"\ntrain.py --help: {usage:.2f} s; train.py on SmolLM2 to its first progress bar: {first_bar():.1f} s")
+
+
 if __name__ == "__main__":
-    benchmark()
+    torch.set_num_threads(os.cpu_count())
+    compare_steps()
+    compare_initialization(*compare_calibration())
+    start_up()
