@@ -85,7 +85,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--seeds", type=int, default=1, help="with --compare: seeds 0, 1, ... of each; default: 1")
     add("--sweep", type=float, nargs="+", default=[], metavar="LR", help="with --compare: also each at the best of these "
         "learning rates, chosen on sequences that are neither trained nor validated on")  # fmt: skip
-    add("--ranks", type=int, nargs="+", default=[], metavar="RANK", help="with --compare: also QLoRA and QuAILoRA at these "
+    add("--ranks", type=int, nargs="+", default=[], metavar="RANK", help="with --compare: also each of --methods at these "
         "ranks at step 0, and fine-tuned at the first, middle and last of them")  # fmt: skip
     add("--calibrations", nargs="+", default=[], metavar="DATA", help="with --compare: also QuAILoRA calibrated on these")
     add("--resume", action="store_true", help="go on with the run that --out holds, from where it was stopped")
@@ -280,8 +280,6 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--bits {args.bits}: expected 2, 3, 4, 8{' or 16' * (args.method == 'lora')}")
     if args.compare and args.bits > 4:
         raise ValueError(f"--compare --bits {args.bits}: expected 2, 3 or 4; 8 and 16 are the references")
-    if args.compare and (args.ranks or args.calibrations) and not {"qlora", "quailora"} <= {*args.methods}:
-        raise ValueError(f"--methods {' '.join(args.methods)}: --ranks and --calibrations need qlora and quailora")
     if args.compare and "RANK" in os.environ:
         raise ValueError("--compare starts one process after the other: give it to python, not to torchrun")
     if MAIN and held(args.out) and not (args.resume or args.overwrite):
@@ -685,13 +683,25 @@ def compare(args: argparse.Namespace) -> list[dict]:
                 "perplexity"
             ]
             lines.append(f"| {data or 'the same'} | {curve[0][1]:.3f} | {curve[-1][1]:.3f} |")
-    for rank in args.ranks:
-        result(init="quailora", bits=args.bits, seed=0, rank=rank, steps=0)
-    for rank in args.ranks and sorted({args.ranks[0], args.ranks[len(args.ranks) // 2], args.ranks[-1]}):
-        for init in ("qlora", "quailora"):
-            result(init=init, bits=args.bits, seed=0, rank=rank)
+    by_rank = {}
+    for name, method in methods.items() if args.ranks else ():
+        if method["bits"] == args.bits:
+            zero = method["init"] in ("qlora", "peft")  # at step 0 no adapter, so one rank is as another
+            by_rank[f"{name}, step 0"] = {
+                rank: result(**method, seed=0, **({} if zero else {"rank": rank, "steps": 0}))["perplexity"][0][1]
+                for rank in args.ranks
+            }
+            tuned = {args.ranks[0], args.ranks[len(args.ranks) // 2], args.ranks[-1]} if args.steps else ()
+            for rank in sorted(tuned):
+                end = result(**method, seed=0, rank=rank)["perplexity"][-1][1]
+                by_rank.setdefault(f"{name}, step {args.steps}", {})[rank] = end
+    if args.ranks:
+        lines += ["\n### By rank\n", f"| | {' | '.join(map(str, args.ranks))} |", "|---" * (len(args.ranks) + 1) + "|"]
+    for title, values in by_rank.items():
+        cells = [f"{values[rank]:.3f}" if rank in values else "" for rank in args.ranks]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     print("\n" + "\n".join(lines), flush=True)
-    figures(args, runs)
+    figures(args, runs, by_rank)
     return runs
 
 
@@ -736,7 +746,7 @@ def comparison(methods: dict[str, list[dict]]) -> list[str]:
     return lines
 
 
-def figures(args: argparse.Namespace, runs: list[dict]) -> None:
+def figures(args: argparse.Namespace, runs: list[dict], by_rank: dict[str, dict[int, float]]) -> None:
     """perplexity.png, rank.png (with --ranks) and layers.png in --out."""
     import matplotlib
 
@@ -757,11 +767,6 @@ def figures(args: argparse.Namespace, runs: list[dict]) -> None:
         styles[name] = dict(zip(("color", "marker", "linestyle"), style, strict=True))
         if method["method"] == "qa-lora":
             styles[name] |= {"marker": "h", "linestyle": (0, (4, 1, 1, 1))}
-    title = {
-        method["init"]: name
-        for name, method in methods.items()
-        if (args.method, args.bits) == (method["method"], method["bits"])
-    }
 
     def chosen(**wanted):
         wanted = {key: getattr(args, key) for key in ("method", "lr", "rank", "steps", "calibration_data")} | wanted
@@ -801,16 +806,13 @@ def figures(args: argparse.Namespace, runs: list[dict]) -> None:
     axes.plot([0, 1], [0, 1], color="gray", linewidth=0.8, label="the least for the nearest Q")
     save(figure, axes, "layers.png", "least possible error of a layer / plain quantization's", "error / plain quantization's")
 
-    if args.ranks:
+    if by_rank:
         figure, axes = plt.subplots()
-        for init in ("qlora", "quailora"):
-            name, style = title[init], {**styles[title[init]], "linestyle": "--"}
-            start = [chosen(init="quailora", bits=args.bits, seed=0, rank=rank, steps=0)[0] for rank in args.ranks]
-            start = [run["quantized_perplexity"] if init == "qlora" else run["perplexity"][0][1] for run in start]
-            axes.plot(args.ranks, start, label=f"{name}, step 0", **style)
-            end = [(rank, chosen(init=init, bits=args.bits, seed=0, rank=rank)) for rank in args.ranks]
-            end = [(rank, found[0]["perplexity"][-1][1]) for rank, found in end if found]
-            axes.plot(*zip(*end, strict=True), label=f"{name}, step {args.steps}", **styles[name] | {"linestyle": "-"})
+        for title, values in by_rank.items():
+            name, _, step = title.rpartition(", step ")
+            axes.plot(
+                *zip(*values.items(), strict=True), label=title, **styles[name] | {"linestyle": "-" if int(step) else "--"}
+            )
         axes.set_xscale("log", base=2)
         axes.set_xticks(args.ranks, map(str, args.ranks))
         save(figure, axes, "rank.png", "rank r of the adapter", "validation perplexity")
