@@ -64,7 +64,7 @@ def _check(W: Tensor, H: Tensor | None = None, rank: int = 1, group_size: int | 
     if group_size is not None and (group_size < 1 or W.shape[1] % group_size):
         raise ValueError(f"group_size {group_size} does not divide in = {W.shape[1]}{of}")
     for M, entries in (W, "weights"), (H, "entries of H"):
-        if M is not None and not math.isfinite(M.sum(dtype=torch.float64)):  # an inf or a NaN stays one in a sum
+        if M is not None and not M.sum().isfinite() and not M.isfinite().all():  # an inf or a NaN stays one in a sum
             raise ValueError(f"{(~M.isfinite()).sum()} of {M.numel()} {entries}{of} are NaN or inf")
 
 
@@ -292,8 +292,9 @@ def quantize(
 
 def _thin_qr(E: Tensor) -> tuple[Callable, Tensor]:
     """R, (n, n), of E = P R with orthonormal columns P, (m, n), m >= n, and the function A -> P A."""
-    R, failed = torch.linalg.cholesky_ex(E.T @ E, upper=True)  # R^T R = E^T E, in a third of the time of a QR
-    if failed or not (R.diagonal() >= 1e-3 * E.norm(dim=0)).all():  # P^T P would be I to fewer than 10 digits
+    gram = E.T @ E
+    R, failed = torch.linalg.cholesky_ex(gram, upper=True)  # R^T R = E^T E, in a third of the time of a QR
+    if failed or not (R.diagonal() >= 1e-3 * gram.diagonal().sqrt()).all():  # P^T P would be I to fewer than 10 digits
         P, R = torch.linalg.qr(E)
         return lambda A: P @ A, R
     return lambda A: E @ torch.linalg.solve_triangular(R, A, upper=True), R
@@ -373,7 +374,7 @@ class _Problem:
     def factors(self, A: Tensor) -> tuple[Tensor, Tensor]:
         """A (out, r) and B (in, r) from an orthonormal A (k, r), in the SVD-balanced form A = U sqrt(S), B = V sqrt(S)."""
         B = self.R.T.to(A.dtype) @ A  # (6)
-        U = torch.linalg.svd(B, full_matrices=False).Vh.T  # A B^T = (A U) (B U)^T, and B U = V S
+        U = torch.linalg.eigh(B.T @ B).eigenvectors.flip(1)  # A B^T = (A U) (B U)^T, and B U = V S
         A, B = self.lift(A) @ U, B @ U  # not V S: a row of B is as exact as its column of E
         B = B.repeat_interleave(self.group_size, 0)  # P^T B
         root = B.norm(dim=0).sqrt()
@@ -383,7 +384,8 @@ class _Problem:
     def start(self) -> Tensor:
         """U_r of (3), (k, r): exact for k <= 256, else from a random sketch of E and two power iterations."""
         if len(self.R) <= 256:
-            return torch.linalg.svd(self.R.double(), full_matrices=False).U[:, : self.rank]
+            R = self.R.double()
+            return torch.linalg.eigh(R @ R.T).eigenvectors.flip(1)[:, : self.rank]  # R R^T = U S^2 U^T
         generator = torch.Generator().manual_seed(0)
         R = self.R / (torch.linalg.vector_norm(self.R, math.inf) or 1.0)
         A = R @ torch.randn(R.shape[1], self.rank, generator=generator, dtype=torch.float64).to(R)
@@ -397,14 +399,20 @@ class _Problem:
         With B = R^T A, (5) is A = G A (A^T G A)^-1. The r x r factor changes the basis of A but not its span, and the span
         is all that (6) sees, so A = orth(G A) does for both: a subspace iteration, with no system that could be singular.
         """
-        A, most, errors = self.start(), 0.0, []
+        A, most, errors, low, size = self.start(), 0.0, [], None, 1.0
         best = torch.zeros_like(A)
         for step in range(steps + 1):
-            Y = self.G @ A  # (6) B^T = (A^T A)^-1 A^T E = A^T E, so that Y = E H B
+            rough = low is not None and step < steps
+            # (6) B^T = (A^T A)^-1 A^T E = A^T E, so that Y = E H B
+            Y = (low @ A.float()).double().mul_(size) if rough else self.G @ A
             captured = max(0.0, float((A * Y).sum()))  # tr A^T G A
             errors.append(self.error(captured))
-            if captured > most:  # only rounding can make a later iterate the worse one
+            if captured > most and not rough:  # only rounding can make a later iterate the worse one
                 best, most = A, captured
+            if step == 1 and self.dtype == torch.float32:
+                size, left = float(self.G.norm()), float(self.G.trace()) - captured
+                if 1.2e-7 * size < 0.01 * left / len(A):  # then the float32 of G tells apart what is left of its eigenvalues
+                    low = (self.G / size).float()
             if step < steps:
                 if every_half_step:  # (5) alone leaves 1/2 (tr G - tr (B^T H B)^+ Y^T Y)
                     lam, V = torch.linalg.eigh(A.T @ Y)  # B^T H B, (r, r)
@@ -585,7 +593,9 @@ def split_product(A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]
     deviation 1 / sqrt(r), and lora_B the rest. README.md, "How the product is split", has the measurement. Where r > in, which
     QA-LoRA allows, it gets random orthonormal columns instead.
     """
-    V, R = torch.linalg.qr(B.double())  # B = V R, (in, r) (r, r)
+    B = B.double()
+    V = _orthonormal(B) if B.shape[0] >= B.shape[1] else torch.linalg.qr(B).Q
+    R = V.T @ B  # B = V R, (in, r) (r, r)
     if V.shape[1] < B.shape[1]:
         turn = _orthonormal(torch.randn(B.shape[::-1], dtype=V.dtype, device=V.device)).T  # (in, r), turn turn^T = I
         V, R = V @ turn, turn.T @ R  # (in, r), (r, r)
