@@ -291,18 +291,24 @@ def quantize(
 
 
 def _thin_qr(E: Tensor) -> tuple[Callable, Tensor]:
-    """R, (n, n), of E = P R with orthonormal columns P, (m, n), m >= n, and the function A -> P A."""
-    gram = E.T @ E
+    """R, (n, n), of E = P R with orthonormal columns P, (m, n), m >= n, and the function A -> P A; both in float64."""
+    blocks = E.split(4096)  # so that there is never a copy of all of a large E in float64
+    gram = sum(block.T @ block for block in map(Tensor.double, blocks))
     R, failed = torch.linalg.cholesky_ex(gram, upper=True)  # R^T R = E^T E, in a third of the time of a QR
     if failed or not (R.diagonal() >= 1e-3 * gram.diagonal().sqrt()).all():  # P^T P would be I to fewer than 10 digits
-        P, R = torch.linalg.qr(E)
+        P, R = torch.linalg.qr(E.double())
         return lambda A: P @ A, R
-    return lambda A: E @ torch.linalg.solve_triangular(R, A, upper=True), R
+
+    def lift(A):
+        A = torch.linalg.solve_triangular(R, A, upper=True)
+        return torch.cat([block.double() @ A for block in blocks])
+
+    return lift, R
 
 
 def _orthonormal(A: Tensor) -> Tensor:
-    """An orthonormal basis, (m, n), of the span of A, (m, n), m >= n."""
-    return _thin_qr(A)[0](torch.eye(A.shape[1], dtype=A.dtype, device=A.device))
+    """An orthonormal basis, (m, n) in float64, of the span of A, (m, n), m >= n."""
+    return _thin_qr(A)[0](torch.eye(A.shape[1], dtype=torch.float64, device=A.device))
 
 
 def _sandwich(R: Tensor, H: Tensor) -> Tensor:
@@ -359,7 +365,7 @@ class _Problem:
             F = pooled(EH) / size @ torch.linalg.pinv(K / size / size[:, None], rtol=noise, hermitian=True) / size
             E, H = F, K
         self.rank = min(rank, *E.shape)
-        self.lift, self.R = _thin_qr(E.double()) if E.shape[0] > E.shape[1] else (lambda A: A, E)
+        self.lift, self.R = _thin_qr(E) if E.shape[0] > E.shape[1] else (lambda A: A, E)
         if H is None or torch.float64 in (E.dtype, H.dtype):
             R = self.R.double()
             self.G = (R if H is None else R @ H.double()) @ R.T
@@ -390,8 +396,8 @@ class _Problem:
         R = self.R / (torch.linalg.vector_norm(self.R, math.inf) or 1.0)
         A = R @ torch.randn(R.shape[1], self.rank, generator=generator, dtype=torch.float64).to(R)
         for _ in range(2):
-            A = R @ (R.T @ _orthonormal(A))
-        return _orthonormal(A.double())
+            A = R @ (R.T @ _orthonormal(A).to(R.dtype))
+        return _orthonormal(A)
 
     def als(self, steps: int, every_half_step: bool = False) -> tuple[Tensor, list[float]]:
         """`steps` rounds of (5) and (6): the best orthonormal A (k, r), and the error at the start and after every step.
@@ -663,7 +669,7 @@ class LoRALinear(nn.Module):
         base.dtype, layer.own_base = weight.dtype, bits < 16 and not nearest
         h = 1.0 if H is None else float(H.diagonal().max()) or 1.0  # as in _sandwich
         W = W.to(_at_least_float32(W))
-        norm = h / 2 * float(((W if H is None else (W / h) @ H.to(W.dtype)) * W).double().sum())
+        norm = h / 2 * float((W.clone() if H is None else (W / h) @ H.to(W.dtype)).mul_(W).sum(dtype=torch.float64))
         relative = lambda error: error and (math.sqrt(error / norm) if norm else 0.0)  # noqa: E731
         layer.report = {key: value if key == "seconds" else relative(value) for key, value in report.items()}
         layer.init, layer.kind = init, type(linear)
