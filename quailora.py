@@ -379,7 +379,8 @@ class _Problem:
 
     def factors(self, A: Tensor) -> tuple[Tensor, Tensor]:
         """A (out, r) and B (in, r) from an orthonormal A (k, r), in the SVD-balanced form A = U sqrt(S), B = V sqrt(S)."""
-        B = self.R.T.to(A.dtype) @ A  # (6)
+        blocks = zip(self.R.split(1024), A.split(1024), strict=True)
+        B = sum(R.double().T @ part for R, part in blocks)  # (6), without a copy of all of R in float64
         U = torch.linalg.eigh(B.T @ B).eigenvectors.flip(1)  # A B^T = (A U) (B U)^T, and B U = V S
         A, B = self.lift(A) @ U, B @ U  # not V S: a row of B is as exact as its column of E
         B = B.repeat_interleave(self.group_size, 0)  # P^T B
