@@ -37,6 +37,7 @@ import functools
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -1234,6 +1235,7 @@ def _peak_mb(call: Callable) -> tuple[float, object]:
 def benchmark(shapes: Iterable[tuple[int, int]], rank: int = 64) -> None:
     """For each shape (out, in), on the CPU: H is given, of inputs with a decaying spectrum and outlier features. The limit is
     the time of the two large products, E H and E E^T or E^T E, in float32; error and floor are those of (1)."""
+    LoRALinear.from_linear(nn.Linear(64, 64), rank=1)  # starts the threads
     print("| (out, in) | method | seconds | over the limit | peak extra MB | error over the floor |\n|---|---|---|---|---|---|")
     for out, n in shapes:
         generator = torch.Generator().manual_seed(0)
@@ -1257,4 +1259,9 @@ def benchmark(shapes: Iterable[tuple[int, int]], rank: int = 64) -> None:
 
 
 if __name__ == "__main__":
-    benchmark([(576, 1536), (1536, 576), (4096, 4096), (4096, 11008), (11008, 4096)])
+    try:
+        shapes = [tuple(map(int, shape.split("x"))) for shape in sys.argv[1:]]
+        assert all(len(shape) == 2 and min(shape) >= 64 for shape in shapes)
+    except (ValueError, AssertionError):
+        sys.exit("usage: python quailora.py [OUTxIN ...], both at least 64; default: 576x1536 to 11008x4096")
+    benchmark(shapes or [(576, 1536), (1536, 576), (4096, 4096), (4096, 11008), (11008, 4096)])
