@@ -73,6 +73,11 @@ def _at_least_float32(M: Tensor) -> torch.dtype:
     return torch.promote_types(M.dtype, torch.float32)
 
 
+def _exactly(call: Callable) -> Callable:
+    """Without gradients, and without autocast, which would multiply matrices in 16 bits."""
+    return torch.no_grad()(torch.autocast("cuda", enabled=False)(torch.autocast("cpu", enabled=False)(call)))
+
+
 # ---------------------------------------------------------------------------------------------- 1  Quantization: W -> Q
 
 BITSANDBYTES_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -102,8 +107,7 @@ def dynamic_map(device: torch.device | None = None) -> Tensor:
 
 @functools.cache
 def _table(bits: int, device: torch.device, whole: bool = False) -> Tensor:
-    """Levels of a weight of so many bits on a device, copied there once: NormalFloat, for 8 bits those of int8 over 127, or the
-    whole numbers from 0 on."""
+    """Levels for so many bits, copied to a device once: NormalFloat, int8 over 127 for 8 bits, or the whole numbers."""
     if whole:
         return torch.arange(2**bits, dtype=torch.float32, device=device)
     return (torch.arange(-127, 128) / 127 if bits == 8 else normal_float(bits)).to(device)
@@ -156,8 +160,7 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 class QuantizedWeight(nn.Module):
-    """A weight rounded to 2, 3 or 4 bits (NormalFloat, a scale a block), 8 bits (int8, a scale a row), or to whole numbers of
-    2 to 8 bits with a scale and a zero point a group, `zero`: what it stands for is scale * (level - zero), elsewhere zero = 0.
+    """What `quantize` returns. It stands for scale * (level - zero), with zero = 0 but for groups.
 
     Buffers: `codes`, uint8 as in `_pack` or int8 (out, in), for 16 bits W itself; `absmax`, the scale of each block or row in
     float32, or with double quantization as uint8 codes with `nested_absmax` (a float32 for 256 scales) and `offset` (float32);
@@ -273,9 +276,7 @@ def quantize(
         codes = (x * (127 / absmax.clamp(min=1e-36))[:, None]).round().to(torch.int8)
         return QuantizedWeight(W.shape, W.dtype, 8, None, codes, absmax)
     if bits == 4 and bitsandbytes and block_size in BITSANDBYTES_BLOCK_SIZES:
-        codes, state = bitsandbytes.functional.quantize_4bit(
-            x, blocksize=block_size, compress_statistics=double_quant, quant_type="nf4"
-        )
+        codes, state = bitsandbytes.functional.quantize_nf4(x, blocksize=block_size, compress_statistics=double_quant)
         nested_absmax = state.state2.absmax if double_quant else None
         return QuantizedWeight(W.shape, W.dtype, 4, block_size, codes, state.absmax, nested_absmax, state.offset)
     codes, absmax = _round_blocks(x.reshape(-1), normal_float(bits), block_size)
@@ -312,23 +313,25 @@ def _orthonormal(A: Tensor) -> Tensor:
     return _thin_qr(A)[0](torch.eye(A.shape[1], dtype=torch.float64, device=A.device))
 
 
-def _sandwich(R: Tensor, H: Tensor) -> Tensor:
-    """R H R^T in float64, (k, k), by products in float32.
+def _sandwich(R: Tensor, H: Tensor | None) -> Tensor:
+    """R H R^T in float64, (k, k), by products in float32 where H is in float32. None stands for the identity.
 
     An input feature 1,000 times the others, as language models have, has 10^6 times their share: in float32 nothing would be
-    left of the others' digits. So the products with such features are apart, in float64.
+    left of the others' digits. So products with features of 10 times the median size are apart, in float64.
     """
+    if H is None:
+        return R.double() @ R.double().T
     size = H.diagonal()
     large = size > 100 * size.median()
-    if large.sum() > len(size) / 8:
-        return R.double() @ H.double() @ R.T.double()
+    if H.dtype == torch.float64 or large.sum() > len(size) / 8:
+        return R.double() @ H.double() @ R.double().T
     r, h = float(torch.linalg.vector_norm(R, math.inf)) or 1.0, math.sqrt(float(size[~large].max()) or 1.0)
     rest = (R / r).div_(h).float()  # in these units the products stay within the range of float32
     rest[:, large] = 0
     T = rest @ H
     G, T, R = T @ rest.T, T[:, large].double(), R[:, large].double() / (r * h)
     del rest
-    G = G.double().addmm_(T, R.T).addmm_(R, T.T).addmm_(R @ H[large][:, large].double(), R.T)
+    G = G.double().add_(G.T).div_(2).addmm_(T, R.T).addmm_(R, T.T).addmm_(R @ H[large][:, large].double(), R.T)
     return G.mul_(r**2).mul_(h**2)
 
 
@@ -339,7 +342,7 @@ class _Problem:
     If out > in, take the thin QR E = P R first: P is orthonormal, so what A, B are for R, (in, in), P A, B are for E.
     So R (= E if out <= in) and G = R H R^T, (k, k) with k = min(out, in), are all that the iterations need.
 
-    G is in float64, see `_sandwich`, and what follows from it, or it could report errors below the least possible one.
+    G is in float64, see `_sandwich`, and so are the errors at the start and the end, or one could be below the least possible.
 
     QA-LoRA adds an adapter to the inputs summed over groups of group_size = g, P x with P (in/g, in): as if B was the same in
     all inputs of a group, B P for B. The least of 1/2 || (E - A B^T P) X ||_F^2 is (1) again, with K = P H P^T for H and
@@ -355,23 +358,18 @@ class _Problem:
         _check(E, H, rank, group_size)
         self.columns, self.dtype, self.group_size, total = rank, _at_least_float32(E), group_size, None
         noise = 8 * torch.finfo(self.dtype if H is None else _at_least_float32(H)).eps
-        E, H = E.to(self.dtype), None if H is None else H.to(_at_least_float32(H))
+        E, H = E.to(self.dtype), None if H is None else H.to(torch.promote_types(H.dtype, self.dtype))
         if group_size > 1:
-            E, H = E.double(), None if H is None else H.double()
-            EH = E if H is None else E @ H
-            total, pooled = float((EH * E).sum()), lambda M: M.unflatten(-1, (-1, group_size)).sum(-1)  # M P^T
-            K = pooled(pooled(torch.eye(len(E.T), dtype=E.dtype, device=E.device) if H is None else H).T)  # (in/g, in/g)
-            size, most = K.diagonal(), K.diagonal() if H is None else pooled(pooled(H.abs()).T).diagonal()
+            E, H = E.double(), (torch.eye(E.shape[1], device=E.device) if H is None else H).double()
+            EH, pooled = E @ H, lambda M: M.unflatten(-1, (-1, group_size)).sum(-1)  # M -> M P^T
+            total, K, most = float((EH * E).sum()), pooled(pooled(H).T), pooled(pooled(H.abs()).T).diagonal()  # K (in/g, in/g)
+            size = K.diagonal()
             size = size.where(size > noise * most, math.inf).sqrt()  # in the units of each input, or large ones hide the others
             F = pooled(EH) / size @ torch.linalg.pinv(K / size / size[:, None], rtol=noise, hermitian=True) / size
             E, H = F, K
         self.rank = min(rank, *E.shape)
         self.lift, self.R = _thin_qr(E) if E.shape[0] > E.shape[1] else (lambda A: A, E)
-        if H is None or torch.float64 in (E.dtype, H.dtype):
-            R = self.R.double()
-            self.G = (R if H is None else R @ H.double()) @ R.T
-        else:
-            self.G = _sandwich(self.R, H)
+        self.G = _sandwich(self.R, H)
         self.total = float(self.G.trace()) if total is None else total
 
     def error(self, captured: float) -> float:
@@ -390,7 +388,8 @@ class _Problem:
         return tuple(F.pad(M, (0, self.columns - self.rank)).to(self.dtype) for M in (A, B))
 
     def start(self) -> Tensor:
-        """U_r of (3), (k, r): exact for k <= 256, else from a random sketch of E and two power iterations."""
+        """U_r of (3), (k, r): exact for k <= 256, else from a random sketch of E and two power iterations;
+        singular values below 1e-8 of the largest are not told apart."""
         if len(self.R) <= 256:
             R = self.R.double()
             return torch.linalg.eigh(R @ R.T).eigenvectors.flip(1)[:, : self.rank]  # R R^T = U S^2 U^T
@@ -402,10 +401,12 @@ class _Problem:
         return _orthonormal(A)
 
     def als(self, steps: int, every_half_step: bool = False) -> tuple[Tensor, list[float]]:
-        """`steps` rounds of (5) and (6): the best orthonormal A (k, r), and the error at the start and after every step.
+        """`steps` rounds of (5) and (6): an orthonormal A (k, r), and the errors at the start, after every step (or half-step),
+        and of A, which is the last iterate if none was better.
 
         With B = R^T A, (5) is A = G A (A^T G A)^-1. The r x r factor changes the basis of A but not its span, and the span
         is all that (6) sees, so A = orth(G A) does for both: a subspace iteration, with no system that could be singular.
+        For E in float32, the products between the second step and the last are in float32 too, if that suffices.
         """
         A, most, errors, low, size = self.start(), 0.0, [], None, 1.0
         best = torch.zeros_like(A)
@@ -417,16 +418,17 @@ class _Problem:
             errors.append(self.error(captured))
             if captured > most and not rough:  # only rounding can make a later iterate the worse one
                 best, most = A, captured
-            if step == 1 and self.dtype == torch.float32:
+            if step == 1 < steps - 1 and self.dtype == torch.float32:
                 size, left = float(self.G.norm()), float(self.G.trace()) - captured
-                if 1.2e-7 * size < 0.01 * left / len(A):  # then the float32 of G tells apart what is left of its eigenvalues
-                    low = (self.G / size).float()
+                if 1.2e-7 * size < 0.01 * left / len(A):  # then float32 can tell apart what is left of G
+                    low = self.G.div(size).float()
             if step < steps:
                 if every_half_step:  # (5) alone leaves 1/2 (tr G - tr (B^T H B)^+ Y^T Y)
                     lam, V = torch.linalg.eigh(A.T @ Y)  # B^T H B, (r, r)
                     keep = lam > lam.amax().clamp(min=0) * self.rank * torch.finfo(lam.dtype).eps
                     errors.append(self.error(float(((Y @ V[:, keep]).square().sum(0) / lam[keep]).sum())))
                 A = _orthonormal(Y)  # (5) A = E H B (B^T H B)^-1, in another basis
+        errors[-1] = self.error(most)  # of the A returned
         return best, errors
 
     def exact(self) -> tuple[Tensor, list[float]]:
@@ -435,7 +437,7 @@ class _Problem:
         return U[:, -self.rank :], [self.error(float(lam[-self.rank :].sum()))]
 
 
-@torch.no_grad()
+@_exactly
 def svd_init(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best rank-r approximation A B^T of E, (out, in), without data: the optimum of (2), by equations (3) and (4).
 
@@ -448,7 +450,7 @@ def svd_init(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return U[:, :rank] * root, Vt[:rank].T * root  # (4) A = U_r sqrt(S_r), B = V_r sqrt(S_r)
 
 
-@torch.no_grad()
+@_exactly
 def als_init(E: Tensor, H: Tensor, rank: int, steps: int = 20, return_errors: bool = False, group_size: int = 1):
     """QuAILoRA: A and B from `steps` rounds of (5) and (6), started at (4); beyond min(out, in) = 256 at a sketch of (4).
 
@@ -464,7 +466,7 @@ def als_init(E: Tensor, H: Tensor, rank: int, steps: int = 20, return_errors: bo
     return (*problem.factors(A), errors) if return_errors else problem.factors(A)
 
 
-@torch.no_grad()
+@_exactly
 def exact_init(E: Tensor, H: Tensor, rank: int, group_size: int = 1) -> tuple[Tensor, Tensor]:
     """A global optimum of (1) in closed form (QERA, arXiv 2410.06040; CLoQ, 2501.18475), also where H is singular.
 
@@ -475,7 +477,7 @@ def exact_init(E: Tensor, H: Tensor, rank: int, group_size: int = 1) -> tuple[Te
     return problem.factors(problem.exact()[0])
 
 
-@torch.no_grad()
+@_exactly
 def calibrated_error(E: Tensor, A: Tensor, B: Tensor, H: Tensor | None) -> float:
     """Objective (1): 1/2 || (E - A B^T) X ||_F^2 = 1/2 tr (E - A B^T) H (E - A B^T)^T. H = None is the identity: (2)."""
     D = E.double() - A.double() @ B.double().T
@@ -540,7 +542,7 @@ def round_calibrated(W: Tensor, base: QuantizedWeight, feedback: Tensor) -> Quan
     return base.with_codes(codes.T.reshape(-1))
 
 
-@torch.no_grad()
+@_exactly
 def initialize(
     W: Tensor, H: Tensor | None, rank: int, init: str = "quailora", steps: int = 20, bits: int = 4, floor: bool = False,
     **layout,
@@ -562,20 +564,21 @@ def initialize(
     plain, W = quantize(W, bits, **layout), W.to(dtype)
     A, B, least, best = W.new_zeros(len(W), rank), W.new_zeros(W.shape[1], rank), math.inf, None
     _check(W, H, rank)
+    rounds = rounds if bits < 16 else 1
     for turn in range(rounds):
         if rounding == "calibrated" and bits < 16 and (turn or rounds == 1):
             metric = W.new_ones(W.shape[1]).diag() if H is None else H
             base = round_calibrated(W, plain, feedback(metric, B if turn else None))
         else:
-            base = quantize((W - A @ B.T).to(low), bits, **layout) if turn and bits < 16 else plain
+            base = quantize((W - A @ B.T).to(low), bits, **layout) if turn else plain
         E, problem, reached = W - base.dequantize(dtype), None, [None]
         if solver in ("als", "exact") or solver and group > 1:
             problem = _Problem(E, seen, rank, group)
             U, reached = problem.als(steps) if solver == "als" else problem.exact()
-            (A, B), error = problem.factors(U), min(reached)
+            (A, B), error = problem.factors(U), reached[-1]
         else:
             A, B = svd_init(E, rank) if solver else (A, torch.randn_like(B))
-            error = calibrated_error(E, A, B, None)
+            error = calibrated_error(E, A, B, None) if rounds > 1 else 0.0
         if best is None or error < least:
             least, best = error, (base, A, B, E, problem, reached)
     (base, A, B, E, problem, reached), seconds = best, time.perf_counter() - began
@@ -584,7 +587,7 @@ def initialize(
     errors = {
         "quantized": problem.error(0.0) if known and base is plain
         else calibrated_error(W - plain.dequantize(dtype), 0 * A, B, H),
-        "svd": reached[0] if als else None, "als": min(reached) if als else None, "initialized": min(reached),
+        "svd": reached[0] if als else None, "als": reached[-1] if als else None, "initialized": reached[-1],
         "floor": (problem if known else _Problem(E, H, rank, group)).exact()[1][0] if floor else None, "seconds": seconds,
     }  # fmt: skip
     return base, A, B, errors
@@ -601,9 +604,7 @@ def split_product(A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]
     deviation 1 / sqrt(r), and lora_B the rest. README.md, "How the product is split", has the measurement. Where r > in, which
     QA-LoRA allows, it gets random orthonormal columns instead.
     """
-    B = B.double()
-    V = _orthonormal(B) if B.shape[0] >= B.shape[1] else torch.linalg.qr(B).Q
-    R = V.T @ B  # B = V R, (in, r) (r, r)
+    V, R = torch.linalg.qr(B.double())  # B = V R, (in, r) (r, r)
     if V.shape[1] < B.shape[1]:
         turn = _orthonormal(torch.randn(B.shape[::-1], dtype=V.dtype, device=V.device)).T  # (in, r), turn turn^T = I
         V, R = V @ turn, turn.T @ R  # (in, r), (r, r)
@@ -652,7 +653,7 @@ class LoRALinear(nn.Module):
         self.lora_A, self.lora_B = (M if M is None else nn.Parameter(M) for M in (lora_A, lora_B))
 
     @classmethod
-    @torch.no_grad()
+    @_exactly
     def from_linear(
         cls, linear: nn.Module, H: Tensor | None = None, rank: int = 64, alpha: float = 16, bits: int = 4, steps: int = 20,
         init: str = "quailora", rslora: bool = False, floor: bool = False, W: Tensor | None = None, **layout,
@@ -669,10 +670,10 @@ class LoRALinear(nn.Module):
         factors = split_product(A, B[:: layout.get("group_size", 1)], _scaling(alpha, rank, rslora))
         layer = cls(base, *factors, alpha, rslora, linear.bias)
         base.dtype, layer.own_base = weight.dtype, bits < 16 and not nearest
-        h = 1.0 if H is None else float(H.diagonal().max()) or 1.0  # as in _sandwich
+        h = 1.0 if H is None else float(H.diagonal().max()) or 1.0  # W / h times H stays within float32
         W = W.to(_at_least_float32(W))
         norm = h / 2 * float((W.clone() if H is None else (W / h) @ H.to(W.dtype)).mul_(W).sum(dtype=torch.float64))
-        relative = lambda error: error and (math.sqrt(error / norm) if norm else 0.0)  # noqa: E731
+        relative = lambda error: error and (math.sqrt(error / norm) if norm > 0 else 0.0)  # noqa: E731
         layer.report = {key: value if key == "seconds" else relative(value) for key, value in report.items()}
         layer.init, layer.kind = init, type(linear)
         return layer.train(linear.training)
@@ -703,10 +704,8 @@ class LoRALinear(nn.Module):
         return self.base.dequantize(self.lora_A.dtype) + update.repeat_interleave(self.group_size, 1)
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"rank={self.rank}, scaling={self.scaling:g}"
-        )
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, bias={self.bias is not None}, rank={self.rank}, scaling={self.scaling:g}"
 
 
 class QALoRALinear(LoRALinear):
@@ -784,7 +783,7 @@ def input_correlations(model: nn.Module, batches: Iterable, skip: Iterable[str] 
     process gives batches of its own, and all get the sum. Raises ValueError if a layer reads nothing, NaN or inf,
     RuntimeError if two layers read the same tensor in some calls and not in others.
     """
-    return next(correlation_passes(model, batches, skip))
+    return next(correlation_passes(model, batches, skip), {})
 
 
 def correlation_passes(
@@ -940,10 +939,9 @@ def apply_quailora(
     batches: calibration data for `input_correlations`, or None where `H` holds what that function returned or `init` needs
     no data. memory: bytes that all H together may take, see `correlation_passes`. init: one of INITS. sequential: each layer
     repairs what those before it left, see `_one_after_the_other`; takes `batches` in one piece through the model, and memory
-    for that. The product starts the same for any alpha, see LoRALinear. layout: block_size and double_quant, see `quantize`; or
-    group_size, for QALoRALinear instead of LoRALinear.
-    floor=False spares its eigenvalues, which take longer than ALS on layers beyond about 2,000. progress wraps the list of
-    names: tqdm, say.
+    for that. The product starts the same for any alpha, see `split_product`. layout: block_size and double_quant, see
+    `quantize`; or group_size, for QALoRALinear instead. floor=False spares its eigenvalues, which take longer than ALS on
+    layers beyond about 2,000. progress wraps the list of names: tqdm, say.
 
     Returns a row for each layer: `name`, `shape` (out, in), the errors of `initialize` as || (W - (Q + A B^T)) X ||_F /
     || W X ||_F, and `seconds`. None where something was not computed. Without data `calibrated` is False, and X X^T the
@@ -990,9 +988,8 @@ def apply_quailora(
                 _replace(model, layers.pop(done), lora)
     for name, lora in waiting.items():
         _replace(model, layers[name], lora.train(layers[name].training))
-    model.requires_grad_(False)
-    for factor in _factors(model).values():
-        factor.requires_grad_(True)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.endswith((".lora_A", ".lora_B")))
     return [rows[name] for name in order]
 
 
@@ -1033,11 +1030,10 @@ def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 def _base_record(model: nn.Module) -> dict:
     """What an adapter fits on: the model, and how it was rounded. `check` is the mean magnitude of the first layer's Q."""
-    first = next(iter(_lora_layers(model).values()))
+    base = next(iter(_lora_layers(model).values())).base
     return {
-        "bits": first.base.bits, "block_size": first.base.block_size or 0,
-        "double_quant": first.base.nested_absmax is not None, "groups": first.base.zero is not None,
-        "check": first.base.dequantize(torch.float32).abs().mean().item(),
+        "bits": base.bits, "block_size": base.block_size or 0, "double_quant": base.nested_absmax is not None,
+        "groups": base.zero is not None, "check": base.dequantize(torch.float32).abs().mean().item(),
     }  # fmt: skip
 
 
@@ -1046,11 +1042,9 @@ def _factors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Write the adapter of `apply_quailora` to `folder` as peft does: adapter_model.safetensors and adapter_config.json. (peft
-    loads LoRA's; QA-LoRA's are for `load_adapter` alone.)
+    """Write the adapter to `folder` as peft does (which loads LoRA's, not QA-LoRA's), with a record of its base.
 
-    The metadata of the former record the base that it was made for. Each file is complete or is not there: it is written
-    under another name first. Raises ValueError if the model has no LoRALinear, OSError if the disk is full. Needs safetensors.
+    A file is complete or is not there. Raises ValueError without an adapter, OSError on a full disk. Needs safetensors.
     """
     from safetensors.torch import save
 
@@ -1067,10 +1061,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     }  # fmt: skip
     record = {**_base_record(model), "init": first.init, "own_base": first.own_base, "model": config["base_model_name_or_path"]}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, content in (
-        ("adapter_model.safetensors", save(factors, {"quailora": json.dumps(record)})),
-        ("adapter_config.json", json.dumps(config, indent=2).encode()),
-    ):
+    contents = save(factors, {"quailora": json.dumps(record)}), json.dumps(config, indent=2).encode()
+    for name, content in zip(("adapter_model.safetensors", "adapter_config.json"), contents, strict=True):
         partial = Path(folder) / f".{name}.partial"
         try:
             with open(partial, "wb") as file:
@@ -1130,18 +1122,15 @@ def load_base(model: nn.Module, folder: str | Path) -> None:
 
     files = [safe_open(file, "pt") for file in Path(folder).glob("*.safetensors")]
     tensors = {key: file.get_tensor(key) for file in files for key in file.keys()}  # noqa: SIM118
-    if not any(".weight.quant_state." in key for key in tensors):
-        error = ValueError if tensors else FileNotFoundError
-        raise error(f"{folder} holds no *.safetensors of save_base")
     states = {key.partition(".weight.quant_state.")[0]: key for key in tensors if ".weight.quant_state." in key}
+    if not states:
+        raise (ValueError if tensors else FileNotFoundError)(f"{folder} holds no *.safetensors of save_base")
     for name, state in states.items():
         state, key = json.loads(bytes(tensors.pop(state).tolist())), f"{name}.weight"
-        stored = [
-            tensors.pop(f"{name}.{part}", None) for part in ("weight", "weight.absmax", "weight.nested_absmax", "weight.zero")
-        ]
+        codes, absmax, nested, zero = (tensors.pop(key + s, None) for s in ("", ".absmax", ".nested_absmax", ".zero"))
         offset = torch.tensor(state["nested_offset"]) if "nested_offset" in state else None
         layout = state["shape"], getattr(torch, state["dtype"]), int(state["quant_type"].strip("intf")), state["blocksize"]
-        base = QuantizedWeight(*layout, *stored[:3], offset, stored[3])
+        base = QuantizedWeight(*layout, codes, absmax, nested, offset, zero)
         layer = dict(model.named_modules()).get(name)
         shape = None if layer is None else layer.base.shape if isinstance(layer, LoRALinear) else _weight(layer).shape
         if shape != base.shape:
