@@ -54,7 +54,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--data", default="python", help="a text, JSON or JSONL file (Alpaca's fields or `text`), or a Hub dataset id; "
         "default: the language reference that comes with Python (pydoc_data.topics)")  # fmt: skip
     add("--calibration-data", help="calibrate on this instead; default: a part of --data that is not trained on")
-    add("--out", type=Path, help="folder for results.json and adapter/ (default: runs/MODEL-INIT, runs/MODEL-compare)")
+    add(
+        "--out", type=Path, help="folder for results.json and adapter/ (default: runs/MODEL-INIT, MODEL-qa-INIT, MODEL-compare)"
+    )
     add("--preset", choices=["paper"], help="the settings of the paper: 2000 calibration samples, 1000 steps of 16 sequences")
     add("--init", default="quailora", choices=list(METHODS), help="peft is qlora with the smaller lora_A that "
         "peft draws; default: quailora")  # fmt: skip
@@ -95,9 +97,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.set_defaults(**PAPER)
     parser.set_defaults(selection=0, shared=None)  # what compare() sets for its runs
     args = parser.parse_args(argv)
-    args.out = (
-        args.out or Path("runs") / f"{Path(args.model).name.removesuffix('.gguf')}-{'compare' if args.compare else args.init}"
-    )
+    kind = "compare" if args.compare else "qa-" * (args.method == "qa-lora") + args.init
+    args.out = args.out or Path("runs") / f"{Path(args.model).name.removesuffix('.gguf')}-{kind}"
     return args
 
 
