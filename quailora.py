@@ -909,7 +909,8 @@ def _one_after_the_other(model: nn.Module, batches: Iterable, layers: dict[str, 
         if name not in results:
             if known.get(x, (None,))[0] != version:
                 X, Y = _tokens(full, keep), _tokens(ours, keep)
-                H, C = (_reduced(half.T @ Y, name).double() for half in (Y, X))
+                with torch.autocast(x.device.type, enabled=False):
+                    H, C = (_reduced(half.T @ Y, name).double() for half in (Y, X))
                 damped = H + torch.diag((0.01 * H.diagonal().mean()).clamp(min=1e-30).expand(len(H)))
                 known[x] = version, H.to(X.dtype), torch.linalg.solve(damped, (C - H).T).T  # 0 where X = X^
             _, H, shift = known[x]

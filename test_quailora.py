@@ -442,6 +442,16 @@ def test_autocast_does_not_reach_the_solvers():
     assert torch.allclose(layer.merged_weight(), expected.merged_weight(), atol=1e-4)
 
 
+def test_autocast_does_not_reach_the_correlations_of_a_sequential_start(monkeypatch):
+    """In a model of one layer both halves read the batch itself, so that H is known."""
+    data, given = 10 + torch.randn(400, 24, generator=torch.Generator().manual_seed(0)), []
+    start = quailora.initialize
+    monkeypatch.setattr(quailora, "initialize", lambda W, H, *a, **k: given.append(H) or start(W, H, *a, **k))
+    with torch.autocast("cpu", torch.bfloat16):
+        apply_quailora(nn.Sequential(nn.Linear(24, 16)), [data], rank=4, sequential=True)
+    assert torch.allclose(given[0], data.T @ data, rtol=1e-5)
+
+
 def test_float32_products_report_no_error_below_the_floor_and_that_of_the_factors():
     generator = torch.Generator().manual_seed(5)
     W, X = torch.randn(64, 96, generator=generator), 30 + torch.randn(96, 400, generator=generator)
