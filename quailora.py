@@ -124,8 +124,13 @@ def _round_blocks(x: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, T
     scaled = blocks * (1 / size)[:, None]
     if len(x) % block_size:  # bitsandbytes divides in a trailing partial block; the last bit can differ
         scaled[-1] = blocks[-1] / size[-1]
-    midpoints = ((levels[:-1] + levels[1:]) / 2).to(x.device)
-    return torch.bucketize(scaled.view(-1)[: len(x)], midpoints, out_int32=True).to(torch.uint8), absmax
+    scaled, midpoints = scaled.view(-1)[: len(x)], (levels[:-1] + levels[1:]) / 2
+    if len(levels) > 16:
+        return torch.bucketize(scaled, midpoints.to(x.device), out_int32=True).to(torch.uint8), absmax
+    codes = torch.zeros_like(scaled, dtype=torch.uint8)
+    for midpoint in midpoints.tolist():  # in a third of the time of a search
+        codes += scaled > midpoint
+    return codes, absmax
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
@@ -275,7 +280,8 @@ def quantize(
         absmax = x.abs().amax(1)
         codes = (x * (127 / absmax.clamp(min=1e-36))[:, None]).round().to(torch.int8)
         return QuantizedWeight(W.shape, W.dtype, 8, None, codes, absmax)
-    if bits == 4 and bitsandbytes and block_size in BITSANDBYTES_BLOCK_SIZES:
+    theirs = bits == 4 and bitsandbytes and block_size in BITSANDBYTES_BLOCK_SIZES
+    if theirs and x.device.type != "cpu":  # there they take three times as long for the same codes
         codes, state = bitsandbytes.functional.quantize_nf4(x, blocksize=block_size, compress_statistics=double_quant)
         nested_absmax = state.state2.absmax if double_quant else None
         return QuantizedWeight(W.shape, W.dtype, 4, block_size, codes, state.absmax, nested_absmax, state.offset)
@@ -285,32 +291,39 @@ def quantize(
     codes, offset, nested_absmax = _pack(codes, bits), None, None
     if double_quant:
         offset = absmax.mean()
-        absmax, nested_absmax = _round_blocks(absmax - offset, dynamic_map(), 256)
+        scales, (absmax, nested_absmax) = absmax - offset, _round_blocks(absmax - offset, dynamic_map(), 256)
+        if theirs:
+            absmax, _ = bitsandbytes.functional.quantize_blockwise(scales, blocksize=256)
     return QuantizedWeight(W.shape, W.dtype, bits, block_size, codes, absmax, nested_absmax, offset)
 
 
 # ----------------------------------------------------------------------------------- 2  The low-rank part: E, H -> A, B
 
 
+def _cholesky(gram: Tensor) -> Tensor | None:
+    """R, (n, n), upper triangular, with R^T R = A^T A = gram, in a third of the time of a QR; None if A R^-1 would have columns
+    orthonormal to fewer than 10 digits, or to fewer than 6 in float32."""
+    (R, failed), size, of = torch.linalg.cholesky_ex(gram, upper=True), gram.diagonal(), torch.finfo(gram.dtype)
+    exact = R.diagonal() >= (1e-3 if of.bits == 64 else 0.3) * size.sqrt()
+    return None if failed or not (exact & (size > of.tiny / of.eps) & (size < math.inf)).all() else R
+
+
 def _thin_qr(E: Tensor) -> tuple[Callable, Tensor]:
-    """R, (n, n), of E = P R with orthonormal columns P, (m, n), m >= n, and the function A -> P A; both in float64."""
-    blocks = E.split(4096)  # so that there is never a copy of all of a large E in float64
-    gram = sum(block.T @ block for block in map(Tensor.double, blocks))
-    R, failed = torch.linalg.cholesky_ex(gram, upper=True)  # R^T R = E^T E, in a third of the time of a QR
-    if failed or not (R.diagonal() >= 1e-3 * gram.diagonal().sqrt()).all():  # P^T P would be I to fewer than 10 digits
-        P, R = torch.linalg.qr(E.double())
-        return lambda A: P @ A, R
-
-    def lift(A):
-        A = torch.linalg.solve_triangular(R, A, upper=True)
-        return torch.cat([block.double() @ A for block in blocks])
-
-    return lift, R
+    """R, (n, n) in float64, of E = P R with orthonormal columns P, (m, n), m >= n, and the function A -> P A."""
+    for dtype in (E.dtype, torch.float64):
+        blocks = (block.to(dtype) for block in E.split(4096))  # so that there is never a copy of all of a large E in float64
+        if (R := _cholesky(sum(block.T @ block for block in blocks))) is not None:
+            R = R.double()
+            return lambda A, R=R: (E @ torch.linalg.solve_triangular(R, A, upper=True).to(E.dtype)).double(), R
+    P, R = torch.linalg.qr(E.double())
+    return lambda A: P @ A, R
 
 
 def _orthonormal(A: Tensor) -> Tensor:
-    """An orthonormal basis, (m, n) in float64, of the span of A, (m, n), m >= n."""
-    return _thin_qr(A)[0](torch.eye(A.shape[1], dtype=torch.float64, device=A.device))
+    """An orthonormal basis, (m, n), of the span of A, (m, n), m >= n."""
+    if (R := _cholesky(A.T @ A)) is None:
+        return torch.linalg.qr(A.double())[0].to(A.dtype)
+    return torch.linalg.solve_triangular(R, A, upper=True, left=False)
 
 
 def _sandwich(R: Tensor, H: Tensor | None) -> Tensor:
@@ -394,40 +407,42 @@ class _Problem:
             R = self.R.double()
             return torch.linalg.eigh(R @ R.T).eigenvectors.flip(1)[:, : self.rank]  # R R^T = U S^2 U^T
         generator = torch.Generator().manual_seed(0)
-        R = self.R / (torch.linalg.vector_norm(self.R, math.inf) or 1.0)
+        R = (self.R / (torch.linalg.vector_norm(self.R, math.inf) or 1.0)).to(self.dtype)
         A = R @ torch.randn(R.shape[1], self.rank, generator=generator, dtype=torch.float64).to(R)
         for _ in range(2):
-            A = R @ (R.T @ _orthonormal(A).to(R.dtype))
-        return _orthonormal(A)
+            A = R @ (R.T @ _orthonormal(A))
+        return _orthonormal(A.double())
 
     def als(self, steps: int, every_half_step: bool = False) -> tuple[Tensor, list[float]]:
-        """`steps` rounds of (5) and (6): an orthonormal A (k, r), and the errors at the start, after every step (or half-step),
-        and of A, which is the last iterate if none was better.
+        """`steps` rounds of (5) and (6): an orthonormal A (k, r), and the errors at the start, with every_half_step after each
+        of them, and of A, which is the last iterate if none was better.
 
         With B = R^T A, (5) is A = G A (A^T G A)^-1. The r x r factor changes the basis of A but not its span, and the span
         is all that (6) sees, so A = orth(G A) does for both: a subspace iteration, with no system that could be singular.
-        For E in float32, the products between the second step and the last are in float32 too, if that suffices.
+        Steps whose errors nobody asks for are in float32 if E is, and if that can tell apart what is left of G.
         """
-        A, most, errors, low, size = self.start(), 0.0, [], None, 1.0
+        A, step, most, errors = self.start(), 0, 0.0, []
         best = torch.zeros_like(A)
-        for step in range(steps + 1):
-            rough = low is not None and step < steps
-            # (6) B^T = (A^T A)^-1 A^T E = A^T E, so that Y = E H B
-            Y = (low @ A.float()).double().mul_(size) if rough else self.G @ A
+        while True:
+            Y = self.G @ A  # (6) B^T = (A^T A)^-1 A^T E = A^T E, so that Y = E H B
             captured = max(0.0, float((A * Y).sum()))  # tr A^T G A
             errors.append(self.error(captured))
-            if captured > most and not rough:  # only rounding can make a later iterate the worse one
+            if captured > most:  # only rounding can make a later iterate the worse one
                 best, most = A, captured
-            if step == 1 < steps - 1 and self.dtype == torch.float32:
+            if step == steps:
+                break
+            if every_half_step:  # (5) alone leaves 1/2 (tr G - tr (B^T H B)^+ Y^T Y)
+                lam, V = torch.linalg.eigh(A.T @ Y)  # B^T H B, (r, r)
+                keep = lam > lam.amax().clamp(min=0) * self.rank * torch.finfo(lam.dtype).eps
+                errors.append(self.error(float(((Y @ V[:, keep]).square().sum(0) / lam[keep]).sum())))
+            A, step = _orthonormal(Y), step + 1  # (5) A = E H B (B^T H B)^-1, in another basis
+            if step == 2 < steps - 1 and not every_half_step and self.dtype == torch.float32:
                 size, left = float(self.G.norm()), float(self.G.trace()) - captured
-                if 1.2e-7 * size < 0.01 * left / len(A):  # then float32 can tell apart what is left of G
-                    low = self.G.div(size).float()
-            if step < steps:
-                if every_half_step:  # (5) alone leaves 1/2 (tr G - tr (B^T H B)^+ Y^T Y)
-                    lam, V = torch.linalg.eigh(A.T @ Y)  # B^T H B, (r, r)
-                    keep = lam > lam.amax().clamp(min=0) * self.rank * torch.finfo(lam.dtype).eps
-                    errors.append(self.error(float(((Y @ V[:, keep]).square().sum(0) / lam[keep]).sum())))
-                A = _orthonormal(Y)  # (5) A = E H B (B^T H B)^-1, in another basis
+                if 1.2e-7 * size < 0.01 * left / len(A):
+                    G, A = self.G.div(size).float(), A.float()
+                    for _ in range(steps - 1 - step):
+                        A = _orthonormal(G @ A)
+                    A, step = _orthonormal(A.double()), steps - 1
         errors[-1] = self.error(most)  # of the A returned
         return best, errors
 
@@ -501,44 +516,49 @@ def needs_data(init: str) -> bool:
     return INITS[init][0] == "calibrated" or INITS[init][1] in ("als", "exact")
 
 
-def feedback(H: Tensor, B: Tensor | None = None, damping: float = 0.03) -> Tensor:
-    """What an error in the weights of input j is worth in those of the inputs after it, (in, in), unit upper triangular.
+def residual_metric(H: Tensor, B: Tensor | None = None, damping: float = 0.1) -> Tensor:
+    """M, (in, in) in float64, with 1/2 e M e^T the part of (1) that the rounding errors e of a row, (in,), are to blame for.
 
-    With H^-1 = U^T U, U upper triangular, that is diag(U)^-1 U (GPTQ, arXiv 2210.17323). With a B, (in, r), of an adapter, its
-    best A takes its part of any error, and what is left depends on H - H B (B^T H B)^-1 B^T H instead of H. Damped by a share
-    of its mean diagonal, so H may be singular; a dead input neither gives nor takes.
+    M is H, or given the B, (in, r), of an adapter whose best A takes its part of any errors, H - H B (B^T H B)^-1 B^T H. Damped
+    by a share of its mean diagonal: so H may be singular, and a row does not trust 1,000 inputs to cancel.
     """
-    H = H.double()
-    least = 1e-9 * H.diagonal().mean()  # above the rounding errors of what follows
+    M = H = H.double()
     if B is not None:
         HB = H @ (B := _orthonormal(B[:, B.norm(dim=0) > 0].double()))
-        H = H - HB @ torch.linalg.pinv(B.T @ HB, hermitian=True) @ HB.T
-    shift = damping * H.diagonal().mean().clamp(min=0) + (least if least > 0 else 1)
-    H = (H + torch.diag(shift.expand(len(H)))).flip(0, 1)
-    R = torch.linalg.cholesky(H).flip(0, 1)  # H = R R^T, R upper triangular, so that U = R^-1
-    U = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
-    return U / U.diagonal()[:, None]
+        M = H - HB @ torch.linalg.pinv(B.T @ HB, hermitian=True) @ HB.T
+    least = 1e-9 * H.diagonal().mean()  # above the rounding errors of the lines before
+    shift = damping * M.diagonal().mean().clamp(min=0) + (least if least > 0 else 1)
+    return M + torch.diag(shift.expand(len(M)))
 
 
 @torch.no_grad()
-def round_calibrated(W: Tensor, base: QuantizedWeight, feedback: Tensor) -> QuantizedWeight:
-    """Round W to the levels, scales and zero points of `base`, input by input, each error made good in the inputs after it.
+def round_calibrated(W: Tensor, base: QuantizedWeight, M: Tensor, descent: bool = False) -> QuantizedWeight:
+    """Round W, (out, in), once more, input by input, to the levels, scales and zero points of `base`; M of `residual_metric`.
 
-    feedback: of `feedback`. In blocks of 32 inputs, so that most of the work is a product of matrices.
+    Each weight goes to the level where the sum of e M e^T over the rows is least, with the errors in the inputs before it as
+    they are, and those after it free to make up for it (the feedback of GPTQ, arXiv 2210.17323). With `descent` from the codes
+    of `base` on, those of all others as they are: then that sum never rises. In blocks of 32 inputs, so that most of the work
+    is a product of matrices.
     """
-    levels, feedback = base.levels(), feedback.to(W.dtype)  # feedback: (in, in)
-    midpoints = (levels[:-1] + levels[1:]) / 2
-    scale = base.of_each(base.scales()).T.to(W.dtype).contiguous()  # (in, out)
-    W = W if base.zero is None else W + (base.of_each(base.zero * base.scales())).to(W.dtype)
-    W = W.T.clone(memory_format=torch.contiguous_format)  # (in, out), written to; scale * level is to come near it
-    divisor, codes, errors = scale.where(scale != 0, 1), torch.empty_like(W, dtype=torch.uint8), torch.empty_like(W)
+    if descent:
+        K = M / M.diagonal()[:, None]
+    else:  # e M e^T = sum_j d_j (e_j + sum_{i<j} e_i U_ij)^2, with M = U diag(d) U^T, U unit upper triangular
+        R = torch.linalg.cholesky(M.flip(0, 1)).flip(0, 1)
+        K = (R / R.diagonal()).T
+    K = (K - torch.eye(len(K), device=K.device)).to(W.dtype)  # (in, in): -K_j E is the best error in the weights of input j
+    E, levels, scale = W - base.dequantize(W.dtype), base.levels(), base.of_each(base.scales()).to(W.dtype)
+    W = W if base.zero is None else W + base.of_each(base.zero).to(W.dtype) * scale
+    W, E, scale = (x.T.clone(memory_format=torch.contiguous_format) for x in (W, E, scale))  # (in, out), W near level * scale
+    midpoints, divisor = (levels[:-1] + levels[1:]) / 2, scale.where(scale != 0, 1)
+    codes = torch.empty_like(W, dtype=torch.uint8)
     for start in range(0, len(W), 32):
-        end = min(start + 32, len(W))
-        for j in range(start, end):
-            codes[j] = torch.bucketize(W[j] / divisor[j], midpoints, out_int32=True)
-            errors[j] = W[j] - levels[codes[j].int()] * scale[j]
-            W[j + 1 : end].addr_(feedback[j, j + 1 : end], errors[j], alpha=-1)
-        W[end:].addmm_(feedback[start:end, end:].T, errors[start:end], alpha=-1)
+        rows = slice(start, start + 32)
+        best = W[rows] + K[rows] @ E
+        for j in range(*rows.indices(len(W))):
+            codes[j] = torch.bucketize(best[j - start] / divisor[j], midpoints, out_int32=True)
+            e = W[j] - levels[codes[j].int()] * scale[j]
+            best.addr_(K[rows, j], e - E[j])
+            E[j] = e
     return base.with_codes(codes.T.reshape(-1))
 
 
@@ -550,9 +570,10 @@ def initialize(
     """Q, A (out, rank) and B (in, rank) for W, (out, in), by one of INITS.
 
     Nearest rounding takes W - A B^T to Q, with A, B of the round before; calibrated rounding takes W to Q, with the scales of
-    the nearest one and the feedback for that B. Then A and B are found for W - Q. Several rounds start at the nearest Q, and
-    the best of them counts. H: (in, in), None stands for the identity. `steps` of ALS; `bits`, `layout` as for `quantize`;
-    raises ValueError as that and `als_init`.
+    the nearest one and the `residual_metric` of that B: with feedback the first time, and where there are several rounds with
+    two descents in each. Then A and B are found for W - Q. Several rounds start at the nearest Q, and the best of them counts.
+    H: (in, in), None stands for the identity. `steps` of ALS; `bits`, `layout` as for `quantize`; raises ValueError as that
+    and `als_init`.
 
     With group_size in `layout` that is QA-LoRA's: groups of whole numbers for Q, and B the same in all inputs of a group.
     Returns the calibrated errors (1) too: of the nearest Q without A B^T (`quantized`), at the start (`svd`) and the end
@@ -562,15 +583,16 @@ def initialize(
     (rounding, solver, rounds), began = INITS[init], time.perf_counter()
     dtype, seen, low, group = _at_least_float32(W), H if needs_data(init) else None, W.dtype, layout.get("group_size") or 1
     plain, W = quantize(W, bits, **layout), W.to(dtype)
-    A, B, least, best = W.new_zeros(len(W), rank), W.new_zeros(W.shape[1], rank), math.inf, None
+    A, B, base, least, best = W.new_zeros(len(W), rank), W.new_zeros(W.shape[1], rank), plain, math.inf, None
     _check(W, H, rank)
     rounds = rounds if bits < 16 else 1
     for turn in range(rounds):
-        if rounding == "calibrated" and bits < 16 and (turn or rounds == 1):
-            metric = W.new_ones(W.shape[1]).diag() if H is None else H
-            base = round_calibrated(W, plain, feedback(metric, B if turn else None))
-        else:
-            base = quantize((W - A @ B.T).to(low), bits, **layout) if turn else plain
+        if rounding == "nearest" and turn:
+            base = quantize((W - A @ B.T).to(low), bits, **layout)
+        elif rounding == "calibrated" and bits < 16 and (turn or rounds == 1):
+            M = residual_metric(W.new_ones(W.shape[1]).diag() if H is None else H, B if turn else None)
+            for descent in [False] * (turn <= 1) + [True] * (2 * (rounds > 1)):
+                base = round_calibrated(W, base, M, descent)
         E, problem, reached = W - base.dequantize(dtype), None, [None]
         if solver in ("als", "exact") or solver and group > 1:
             problem = _Problem(E, seen, rank, group)
@@ -604,7 +626,8 @@ def split_product(A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]
     deviation 1 / sqrt(r), and lora_B the rest. README.md, "How the product is split", has the measurement. Where r > in, which
     QA-LoRA allows, it gets random orthonormal columns instead.
     """
-    V, R = torch.linalg.qr(B.double())  # B = V R, (in, r) (r, r)
+    V = _orthonormal(B.double()) if B.shape[0] >= B.shape[1] else torch.linalg.qr(B.double())[0]
+    R = V.T @ B.double()  # B = V R, (in, r) (r, r)
     if V.shape[1] < B.shape[1]:
         turn = _orthonormal(torch.randn(B.shape[::-1], dtype=V.dtype, device=V.device)).T  # (in, r), turn turn^T = I
         V, R = V @ turn, turn.T @ R  # (in, r), (r, r)
