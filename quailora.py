@@ -118,8 +118,8 @@ def _round_blocks(x: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, T
 
     Returns uint8 codes (x.numel(),) and the float32 scales (blocks,), the largest magnitude of each block.
     """
-    blocks = F.pad(x, (0, -len(x) % block_size)).view(-1, block_size)
-    absmax = blocks.abs().amax(1)
+    blocks = (F.pad(x, (0, -len(x) % block_size)) if len(x) % block_size else x).view(-1, block_size)
+    absmax = torch.maximum(blocks.amax(1), -blocks.amin(1))
     size = absmax.clamp(min=1e-38)
     scaled = blocks * (1 / size)[:, None]
     if len(x) % block_size:  # bitsandbytes divides in a trailing partial block; the last bit can differ
@@ -300,20 +300,34 @@ def quantize(
 # ----------------------------------------------------------------------------------- 2  The low-rank part: E, H -> A, B
 
 
-def _cholesky(gram: Tensor) -> Tensor | None:
-    """R, (n, n), upper triangular, with R^T R = A^T A = gram, in a third of the time of a QR; None if A R^-1 would have columns
-    orthonormal to fewer than 10 digits, or to fewer than 6 in float32."""
-    (R, failed), size, of = torch.linalg.cholesky_ex(gram, upper=True), gram.diagonal(), torch.finfo(gram.dtype)
+def _cholesky(gram: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """R, (n, n), upper triangular, with R^T R = A^T A = gram, computed in `dtype`: a third of the time of a QR. None if A R^-1
+    would have columns orthonormal to fewer than 10 digits, or to fewer than 6 in float32."""
+    (R, failed), size, of = torch.linalg.cholesky_ex(gram, upper=True), gram.diagonal(), torch.finfo(dtype)
     exact = R.diagonal() >= (1e-3 if of.bits == 64 else 0.3) * size.sqrt()
     return None if failed or not (exact & (size > of.tiny / of.eps) & (size < math.inf)).all() else R
+
+
+def _symmetric(k: int, left: Callable, right: Callable) -> Tensor:
+    """M = L R^T, (k, k) in float64, where that is symmetric, from the rows left(slice) of L and right(slice) of R: with little
+    more than half of the work, and never all of L or R."""
+    size = math.ceil(k / math.ceil(k / 512))
+    parts, M = [slice(start, min(start + size, k)) for start in range(0, k, size)], None
+    for i, rows in enumerate(parts):
+        L = left(rows)
+        M = L.new_empty(k, k, dtype=torch.float64) if M is None else M
+        for columns in parts[: i + 1]:
+            block = (L @ right(columns).T).double()
+            M[rows, columns], M[columns, rows] = block, block.T
+        M[rows, rows] = (block + block.T) / 2
+    return M
 
 
 def _thin_qr(E: Tensor) -> tuple[Callable, Tensor]:
     """R, (n, n) in float64, of E = P R with orthonormal columns P, (m, n), m >= n, and the function A -> P A."""
     for dtype in (E.dtype, torch.float64):
-        blocks = (block.to(dtype) for block in E.split(4096))  # so that there is never a copy of all of a large E in float64
-        if (R := _cholesky(sum(block.T @ block for block in blocks))) is not None:
-            R = R.double()
+        columns = lambda part, dtype=dtype: E[:, part].to(dtype).T  # noqa: E731
+        if (R := _cholesky(_symmetric(E.shape[1], columns, columns), dtype)) is not None:
             return lambda A, R=R: (E @ torch.linalg.solve_triangular(R, A, upper=True).to(E.dtype)).double(), R
     P, R = torch.linalg.qr(E.double())
     return lambda A: P @ A, R
@@ -321,7 +335,7 @@ def _thin_qr(E: Tensor) -> tuple[Callable, Tensor]:
 
 def _orthonormal(A: Tensor) -> Tensor:
     """An orthonormal basis, (m, n), of the span of A, (m, n), m >= n."""
-    if (R := _cholesky(A.T @ A)) is None:
+    if (R := _cholesky(A.T @ A, A.dtype)) is None:
         return torch.linalg.qr(A.double())[0].to(A.dtype)
     return torch.linalg.solve_triangular(R, A, upper=True, left=False)
 
@@ -332,20 +346,26 @@ def _sandwich(R: Tensor, H: Tensor | None) -> Tensor:
     An input feature 1,000 times the others, as language models have, has 10^6 times their share: in float32 nothing would be
     left of the others' digits. So products with features of 10 times the median size are apart, in float64.
     """
+    rows = lambda part: R[part].double()  # noqa: E731
     if H is None:
-        return R.double() @ R.double().T
-    size = H.diagonal()
-    large = size > 100 * size.median()
+        return _symmetric(len(R), rows, rows)
+    large = (size := H.diagonal()) > 100 * H.diagonal().median()
     if H.dtype == torch.float64 or large.sum() > len(size) / 8:
-        return R.double() @ H.double() @ R.double().T
+        H = H.double()
+        return _symmetric(len(R), lambda part: rows(part) @ H, rows)
     r, h = float(torch.linalg.vector_norm(R, math.inf)) or 1.0, math.sqrt(float(size[~large].max()) or 1.0)
-    rest = (R / r).div_(h).float()  # in these units the products stay within the range of float32
-    rest[:, large] = 0
-    T = rest @ H
-    G, T, R = T @ rest.T, T[:, large].double(), R[:, large].double() / (r * h)
-    del rest
-    G = G.double().add_(G.T).div_(2).addmm_(T, R.T).addmm_(R, T.T).addmm_(R @ H[large][:, large].double(), R.T)
-    return G.mul_(r**2).mul_(h**2)
+    apart = []  # (rows of R) H without products with large features, in those features
+
+    def rest(part):  # in these units the products stay within the range of float32
+        return (R[part] / r).div_(h).float().masked_fill_(large, 0)
+
+    def rest_H(part):
+        T = rest(part) @ H
+        apart.append(T[:, large].double())
+        return T
+
+    G, T, R = _symmetric(len(R), rest_H, rest), torch.cat(apart), R[:, large].double() / (r * h)
+    return G.addmm_(T, R.T).addmm_(R, T.T).addmm_(R @ H[large][:, large].double(), R.T).mul_(r**2).mul_(h**2)
 
 
 class _Problem:
@@ -436,13 +456,13 @@ class _Problem:
                 keep = lam > lam.amax().clamp(min=0) * self.rank * torch.finfo(lam.dtype).eps
                 errors.append(self.error(float(((Y @ V[:, keep]).square().sum(0) / lam[keep]).sum())))
             A, step = _orthonormal(Y), step + 1  # (5) A = E H B (B^T H B)^-1, in another basis
-            if step == 2 < steps - 1 and not every_half_step and self.dtype == torch.float32:
+            if step == 2 < steps and not every_half_step and self.dtype == torch.float32:
                 size, left = float(self.G.norm()), float(self.G.trace()) - captured
                 if 1.2e-7 * size < 0.01 * left / len(A):
                     G, A = self.G.div(size).float(), A.float()
-                    for _ in range(steps - 1 - step):
+                    for _ in range(steps - step):
                         A = _orthonormal(G @ A)
-                    A, step = _orthonormal(A.double()), steps - 1
+                    A, step = _orthonormal(A.double()), steps
         errors[-1] = self.error(most)  # of the A returned
         return best, errors
 
@@ -516,7 +536,7 @@ def needs_data(init: str) -> bool:
     return INITS[init][0] == "calibrated" or INITS[init][1] in ("als", "exact")
 
 
-def residual_metric(H: Tensor, B: Tensor | None = None, damping: float = 0.1) -> Tensor:
+def residual_metric(H: Tensor, B: Tensor | None = None, damping: float = 0.03) -> Tensor:
     """M, (in, in) in float64, with 1/2 e M e^T the part of (1) that the rounding errors e of a row, (in,), are to blame for.
 
     M is H, or given the B, (in, r), of an adapter whose best A takes its part of any errors, H - H B (B^T H B)^-1 B^T H. Damped
