@@ -738,7 +738,7 @@ class LoRALinear(nn.Module):
         """How many inputs the adapter reads as their sum."""
         return 1 if self.base.zero is None else self.base.block_size
 
-    @torch.no_grad()
+    @_exactly
     def merged_weight(self) -> Tensor:
         """Q + scaling * lora_B lora_A, (out, in), in the dtype of the factors; without an adapter Q."""
         if self.lora_A is None:
@@ -772,7 +772,7 @@ class QALoRALinear(LoRALinear):
         init = init or ("qlora" if H is None else "quailora")
         return super().from_linear(linear, H, rank, alpha, bits, steps, init, rslora, floor, W, group_size=group_size)
 
-    @torch.no_grad()
+    @_exactly
     def merge(self) -> None:
         """Put the adapter into the zero points, in place, and drop it: codes, scales and outputs stay what they are."""
         if self.lora_A is not None:
@@ -1169,27 +1169,32 @@ def load_base(model: nn.Module, folder: str | Path) -> None:
     states = {key.partition(".weight.quant_state.")[0]: key for key in tensors if ".weight.quant_state." in key}
     if not states:
         raise (ValueError if tensors else FileNotFoundError)(f"{folder} holds no *.safetensors of save_base")
+    own, modules, found = model.state_dict(), dict(model.named_modules()), []
+    rest = {key: x for key, x in tensors.items() if key.partition(".weight")[0] not in states}
+    if wrong := next((key for key, x in rest.items() if key in own and own[key].shape != x.shape), None):
+        raise ValueError(f"{wrong} is {tuple(rest[wrong].shape)} in {folder} and {tuple(own[wrong].shape)} in the model")
     for name, state in states.items():
-        state, key = json.loads(bytes(tensors.pop(state).tolist())), f"{name}.weight"
-        codes, absmax, nested, zero = (tensors.pop(key + s, None) for s in ("", ".absmax", ".nested_absmax", ".zero"))
+        state, key, layer = json.loads(bytes(tensors[state].tolist())), f"{name}.weight", modules.get(name)
+        codes, absmax, nested, zero = (tensors.get(key + s) for s in ("", ".absmax", ".nested_absmax", ".zero"))
         offset = torch.tensor(state["nested_offset"]) if "nested_offset" in state else None
         layout = state["shape"], getattr(torch, state["dtype"]), int(state["quant_type"].strip("intf")), state["blocksize"]
         base = QuantizedWeight(*layout, codes, absmax, nested, offset, zero)
-        layer = dict(model.named_modules()).get(name)
         shape = None if layer is None else layer.base.shape if isinstance(layer, LoRALinear) else _weight(layer).shape
         if shape != base.shape:
             raise ValueError(f"{key} is {tuple(base.shape)} in {folder} and {shape and tuple(shape)} in the model")
+        grouped = [b.block_size if b.zero is not None else "none" for b in (base, getattr(layer, "base", base))]
+        if grouped[0] != grouped[1]:
+            raise ValueError(f"{key} has a group_size of {grouped[0]} in {folder} and {grouped[1]} in the model")
+        found.append((layer, base))
+    for layer, base in found:  # now that all of them fit
         if isinstance(layer, LoRALinear):
-            grouped = [b.block_size if b.zero is not None else "none" for b in (base, layer.base)]
-            if grouped[0] != grouped[1]:
-                raise ValueError(f"{key} has a group_size of {grouped[0]} in {folder} and {grouped[1]} in the model")
             layer.base, layer.own_base = base.to(layer.base.codes.device), True
         else:
             kind = LoRALinear if base.zero is None else QALoRALinear
             _replace(model, layer, rounded := kind(base.to(layer.weight.device), None, None, 1.0, bias=layer.bias))
             rounded.kind, rounded.own_base = type(layer), True
             rounded.train(layer.training)
-    model.load_state_dict({key: x for key, x in tensors.items() if ".weight." not in key}, strict=False)
+    model.load_state_dict(rest, strict=False)
     for name, p in model.named_parameters():
         p.requires_grad_(name.endswith((".lora_A", ".lora_B")))
 
@@ -1253,48 +1258,7 @@ def load_adapter(model: nn.Module, folder: str | Path, base: str | Path | None =
         layer.init, layer.own_base = record["init"], record["own_base"]
 
 
-# --------------------------------------------------------------------- `python quailora.py`: what a start costs by size
-
-
-def _peak_mb(call: Callable) -> tuple[float, object]:
-    """What `call` takes at its peak beyond what is held before (Linux), and what it returns."""
-    status = lambda key: int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0])  # noqa: E731
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
-    before = status("VmRSS")
-    result = call()
-    return (status("VmHWM") - before) / 1024, result
-
-
-def benchmark(shapes: Iterable[tuple[int, int]], rank: int = 64) -> None:
-    """For each shape (out, in), on the CPU: H is given, of inputs with a decaying spectrum and outlier features. The limit is
-    the time of the two large products, E H and E E^T or E^T E, in float32; error and floor are those of (1)."""
-    LoRALinear.from_linear(nn.Linear(64, 64), rank=1)  # starts the threads
-    print("| (out, in) | method | seconds | over the limit | peak extra MB | error over the floor |\n|---|---|---|---|---|---|")
-    for out, n in shapes:
-        generator = torch.Generator().manual_seed(0)
-        decay = torch.linspace(0, -4, n).exp()[torch.randperm(n, generator=generator), None]
-        X = torch.randn(n, n, generator=generator) * decay
-        X[:3] *= 100
-        H, linear, rows = X @ X.T, nn.Linear(n, out, bias=False), []
-        del X
-        W, began = linear.weight.detach(), time.perf_counter()
-        _ = W @ H, W @ W.T if out < n else W.T @ W
-        limit = time.perf_counter() - began
-        for name, init, rounds in (("QuAILoRA", "quailora", 1), ("LoftQ, 5 x one round", "svd", 5)):
-            given = H if needs_data(init) else None
-            memory, layer = _peak_mb(lambda: LoRALinear.from_linear(linear, given, rank, init=init))  # noqa: B023
-            E = (W - layer.merged_weight()).double()
-            rows.append((name, rounds * layer.report["seconds"], memory, float(((E @ H.double()) * E).sum()) / 2))
-        least = initialize(W, H, rank, "exact")[-1]["initialized"]
-        for name, seconds, memory, error in rows:
-            cells = f"{seconds:.2f} | {seconds / limit:.1f} | {memory:,.0f} | {error / least:.4f}"
-            print(f"| ({out}, {n}) | {name} | {cells} |", flush=True)
-
-
 if __name__ == "__main__":
-    try:
-        shapes = [tuple(map(int, shape.split("x"))) for shape in sys.argv[1:]]
-        assert all(len(shape) == 2 and min(shape) >= 64 for shape in shapes)
-    except (ValueError, AssertionError):
-        sys.exit("usage: python quailora.py [OUTxIN ...], both at least 64; default: 576x1536 to 11008x4096")
-    benchmark(shapes or [(576, 1536), (1536, 576), (4096, 4096), (4096, 11008), (11008, 4096)])
+    from test_quailora import compare_sizes
+
+    compare_sizes(sys.argv[1:])  # what a start costs by size: a benchmark

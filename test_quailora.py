@@ -824,6 +824,30 @@ def test_calibrated_rounding_makes_every_error_good_in_the_best_way_in_the_input
         assert torch.equal(without_data.codes, base.codes)
 
 
+@pytest.mark.parametrize("layout", [{"bits": 2}, {"bits": 4}, {"bits": 8}, {"bits": 3, "group_size": 12}])
+@pytest.mark.parametrize("singular", [False, True])
+def test_descent_never_raises_the_error_and_ends_where_no_other_level_of_a_weight_is_better(layout, singular):
+    generator = torch.Generator().manual_seed(0)
+    W, X = (torch.randn(5, 48, generator=generator).double(), torch.randn(48, 96, generator=generator, dtype=torch.float64))
+    if singular:
+        X[3], X[5], X[20:] = 0, X[4], 0
+    M = quailora.residual_metric(X @ X.T, torch.randn(48, 2, generator=generator, dtype=torch.float64))
+    base = quantize(W, **layout)
+    scale = base.of_each(base.scales()).double()
+    zero = 0 if base.zero is None else base.of_each(base.zero).double()
+    costs = lambda Q: ((W - Q) @ M * (W - Q)).sum(-1)  # of the rows  # noqa: E731
+    last = costs(base.dequantize(torch.float64)).sum()
+    for _ in range(30):
+        base = quailora.round_calibrated(W, base, M, descent=True)
+        Q = base.dequantize(torch.float64)
+        assert costs(Q).sum() <= last * (1 + 1e-12)
+        last = costs(Q).sum()
+    for j in range(48):
+        others = Q.repeat(len(base.levels()), 1, 1)  # (levels, out, in)
+        others[:, :, j] = (base.levels()[:, None] - (zero if base.zero is None else zero[:, j])) * scale[:, j]
+        assert (costs(others) >= costs(Q) - 1e-4 * costs(Q).mean()).all()
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("init, out", [("joint", 40), ("joint", 60), ("loftq", 40)])
 def test_the_error_never_rises_from_one_round_to_the_next(init, out, bits, monkeypatch):
@@ -976,6 +1000,8 @@ def test_a_half_precision_layer_computes_in_its_dtype_with_float32_factors(dtype
     assert torch.allclose(y.float(), F.linear(x.float(), layer.merged_weight(), linear.bias.float()), rtol=0.02, atol=0.05)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x.float()).dtype == torch.bfloat16
+        merged = layer.merged_weight()
+    assert torch.equal(merged, layer.merged_weight()), "nor the merged weight"
 
 
 def test_a_cast_does_not_round_the_scales_and_a_state_dict_restores_the_layer():
@@ -1493,6 +1519,11 @@ def test_an_adapter_is_refused_on_another_base_and_when_it_is_damaged(tmp_path):
     assert torch.equal(other_scales(**batch).logits, of_its_own(**batch).logits)
     with pytest.raises(ValueError, match=r"decoder.* is \(.*\) in .*base and None in the model"):
         quailora.load_base(tiny("llama"), tmp_path / "base")
+    larger = tiny("opt")
+    larger.resize_token_embeddings(larger.config.vocab_size + 1, mean_resizing=False)
+    with pytest.raises(ValueError, match=r"weight is \(.*\) in .*base and \(.*\) in the model"):
+        quailora.load_base(larger, tmp_path / "base")
+    assert not quailora._lora_layers(larger), "a model that does not fit is left as it was"
     with pytest.raises(FileNotFoundError, match="own2 holds no"):
         quailora.load_base(tiny("opt"), tmp_path / "own2")
     refused("another base: block_size 64, and here 128", rank=8, block_size=128)
@@ -1986,11 +2017,49 @@ def step_memory(which):
     step = training_step(which)
     gc.collect()
     held = resident_mb()
-    return held + quailora._peak_mb(lambda: (step(), step()))[0]
+    return held + peak_mb(lambda: (step(), step()))[0]
 
 
-def resident_mb():
-    return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+def peak_mb(call):
+    """What `call` takes at its peak beyond what is held before (Linux), and what it returns."""
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
+    before = resident_mb()
+    result = call()
+    return resident_mb("VmHWM") - before, result
+
+
+def resident_mb(key="VmRSS"):
+    return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0]) / 1024
+
+
+def compare_sizes(arguments, rank=64):
+    """For each shape OUTxIN, on the CPU: H is given, of inputs with a decaying spectrum and outlier features. The limit is the
+    time of the two large products, E H and E E^T or E^T E, in float32; error and floor are those of (1)."""
+    try:
+        shapes = [tuple(map(int, shape.split("x"))) for shape in arguments]
+        assert all(len(shape) == 2 and min(shape) >= rank for shape in shapes)
+    except (ValueError, AssertionError):
+        sys.exit(f"usage: python quailora.py [OUTxIN ...], both at least {rank}; default: 576x1536 to 11008x4096")
+    LoRALinear.from_linear(nn.Linear(64, 64), rank=1)  # starts the threads
+    print("| (out, in) | method | seconds | over the limit | peak extra MB | error over the floor |\n|---|---|---|---|---|---|")
+    for out, n in shapes or [(576, 1536), (1536, 576), (4096, 4096), (4096, 11008), (11008, 4096)]:
+        generator = torch.Generator().manual_seed(0)
+        decay = torch.linspace(0, -4, n).exp()[torch.randperm(n, generator=generator), None]
+        X = torch.randn(n, n, generator=generator) * decay
+        X[:3] *= 100
+        H, linear, rows = X @ X.T, nn.Linear(n, out, bias=False), []
+        del X
+        W = linear.weight.detach()
+        limit = seconds_of(lambda: (W @ H, W @ W.T if out < n else W.T @ W))  # noqa: B023
+        for name, init, rounds in (("QuAILoRA", "quailora", 1), ("LoftQ, 5 x one round", "svd", 5)):
+            given = H if quailora.needs_data(init) else None
+            memory, layer = peak_mb(lambda: LoRALinear.from_linear(linear, given, rank, init=init))  # noqa: B023
+            error = calibrated_error(W - layer.merged_weight(), *nothing(W), H)
+            rows.append((name, rounds * layer.report["seconds"], memory, error))
+        least = quailora.initialize(W, H, rank, "exact")[-1]["initialized"]
+        for name, seconds, memory, error in rows:
+            cells = f"{seconds:.2f} | {seconds / limit:.1f} | {memory:,.0f} | {error / least:.4f}"
+            print(f"| ({out}, {n}) | {name} | {cells} |", flush=True)
 
 
 def compare_steps(rounds=7):
@@ -2040,7 +2109,7 @@ def initialization_memory():
     layers = quailora.linear_layers(model).values()
     largest = max(layer.weight.nbytes for layer in layers) / 2**20
     before = resident_mb()
-    return before, largest, quailora._peak_mb(lambda: apply_quailora(model, None, H=H, floor=False))[0]
+    return before, largest, peak_mb(lambda: apply_quailora(model, None, H=H, floor=False))[0]
 
 
 def calibrated_smollm2():
