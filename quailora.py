@@ -119,7 +119,7 @@ def _round_blocks(x: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, T
     Returns uint8 codes (x.numel(),) and the float32 scales (blocks,), the largest magnitude of each block.
     """
     blocks = (F.pad(x, (0, -len(x) % block_size)) if len(x) % block_size else x).view(-1, block_size)
-    absmax = torch.maximum(blocks.amax(1), -blocks.amin(1))
+    absmax = torch.maximum(blocks.amax(1), -blocks.amin(1)).abs()  # not -0
     size = absmax.clamp(min=1e-38)
     scaled = blocks * (1 / size)[:, None]
     if len(x) % block_size:  # bitsandbytes divides in a trailing partial block; the last bit can differ
@@ -249,10 +249,11 @@ def quantize(
     """Round W, (out, in) of any float dtype, to the nearest level of its block: `quantize(W).dequantize()` is Q.
 
     2, 3, 4 bits: NormalFloat (arXiv 2305.14314) in blocks of `block_size` consecutive weights, rows joined; `double_quant`
-    rounds the scales of the blocks to 8 bits too. For 4 bits bitsandbytes does the work where it is installed; without, the
-    result is bit for bit the same, but for double quantization on a CPU: there its look-up table misses the nearest of 256
-    scales 2 times in 1,000. 8 bits: int8 with one scale a row (the weights of LLM.int8, arXiv 2208.07339), block_size and
-    double_quant are not used. 16 bits: a copy of W in its own dtype, not rounded, for plain LoRA beside the others.
+    rounds the scales of the blocks to 8 bits too. For 4 bits bitsandbytes does the work where it is installed (on a CPU that of
+    `double_quant`); without, the result is bit for bit the same, but for double quantization on a CPU: there its look-up table
+    misses the nearest of 256 scales 2 times in 1,000. 8 bits: int8 with one scale a row (the weights of LLM.int8, arXiv
+    2208.07339), block_size and double_quant are not used. 16 bits: a copy of W in its own dtype, not rounded, for plain LoRA
+    beside the others.
 
     group_size, for QA-LoRA (arXiv 2309.14717): each `group_size` consecutive inputs of a row take 2^bits equal steps from their
     least to their greatest weight, scale * (code - zero), with a zero point that is not rounded; 2, 3, 4 or 8 bits.
@@ -281,7 +282,7 @@ def quantize(
         codes = (x * (127 / absmax.clamp(min=1e-36))[:, None]).round().to(torch.int8)
         return QuantizedWeight(W.shape, W.dtype, 8, None, codes, absmax)
     theirs = bits == 4 and bitsandbytes and block_size in BITSANDBYTES_BLOCK_SIZES
-    if theirs and x.device.type != "cpu":  # there they take three times as long for the same codes
+    if theirs and x.device.type != "cpu":  # on a CPU they take three times as long for the same codes
         codes, state = bitsandbytes.functional.quantize_nf4(x, blocksize=block_size, compress_statistics=double_quant)
         nested_absmax = state.state2.absmax if double_quant else None
         return QuantizedWeight(W.shape, W.dtype, 4, block_size, codes, state.absmax, nested_absmax, state.offset)
@@ -300,17 +301,9 @@ def quantize(
 # ----------------------------------------------------------------------------------- 2  The low-rank part: E, H -> A, B
 
 
-def _cholesky(gram: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """R, (n, n), upper triangular, with R^T R = A^T A = gram, computed in `dtype`: a third of the time of a QR. None if A R^-1
-    would have columns orthonormal to fewer than 10 digits, or to fewer than 6 in float32."""
-    (R, failed), size, of = torch.linalg.cholesky_ex(gram, upper=True), gram.diagonal(), torch.finfo(dtype)
-    exact = R.diagonal() >= (1e-3 if of.bits == 64 else 0.3) * size.sqrt()
-    return None if failed or not (exact & (size > of.tiny / of.eps) & (size < math.inf)).all() else R
-
-
 def _symmetric(k: int, left: Callable, right: Callable) -> Tensor:
-    """M = L R^T, (k, k) in float64, where that is symmetric, from the rows left(slice) of L and right(slice) of R: with little
-    more than half of the work, and never all of L or R."""
+    """M = L R^T, (k, k) in float64, where that is symmetric, from the rows left(slice) of L and right(slice) of R, at most 512
+    at a time: half of the work of the product for a large k, and never all of L or R."""
     size = math.ceil(k / math.ceil(k / 512))
     parts, M = [slice(start, min(start + size, k)) for start in range(0, k, size)], None
     for i, rows in enumerate(parts):
@@ -324,20 +317,32 @@ def _symmetric(k: int, left: Callable, right: Callable) -> Tensor:
 
 
 def _thin_qr(E: Tensor) -> tuple[Callable, Tensor]:
-    """R, (n, n) in float64, of E = P R with orthonormal columns P, (m, n), m >= n, and the function A -> P A."""
-    for dtype in (E.dtype, torch.float64):
+    """R, (n, n) in float64, of E = P R with orthonormal columns P, (m, n), m >= n, and the function A -> P A.
+
+    By the Cholesky factor of E^T E where P^T P is then I to 4 digits (float32) or 9 (float64): half of that is as exact as the
+    optimum, and less exact than the error that it leaves."""
+    for dtype in dict.fromkeys((E.dtype, torch.float64)):
         columns = lambda part, dtype=dtype: E[:, part].to(dtype).T  # noqa: E731
-        if (R := _cholesky(_symmetric(E.shape[1], columns, columns), dtype)) is not None:
-            return lambda A, R=R: (E @ torch.linalg.solve_triangular(R, A, upper=True).to(E.dtype)).double(), R
+        gram, of = _symmetric(E.shape[1], columns, columns), torch.finfo(dtype)
+        (R, failed), size = torch.linalg.cholesky_ex(gram, upper=True), gram.diagonal()[:, None]
+        x = torch.ones_like(size)
+        x[1::2] = -1
+        for _ in range(4):  # power iteration: |x| becomes 1 / sigma^2, sigma the least singular value of E with unit columns
+            x = size.sqrt() * torch.cholesky_solve(size.sqrt() * x / x.norm(), R, upper=True)
+        if not failed and (size > of.tiny / of.eps).all() and x.norm() * of.eps < (1e-9 if of.bits == 64 else 3e-5):
+            solve = functools.partial(torch.linalg.solve_triangular, R, upper=True)
+            return lambda A, to=dtype, solve=solve: torch.cat([b.to(to) @ solve(A).to(to) for b in E.split(4096)]).double(), R
     P, R = torch.linalg.qr(E.double())
     return lambda A: P @ A, R
 
 
 def _orthonormal(A: Tensor) -> Tensor:
-    """An orthonormal basis, (m, n), of the span of A, (m, n), m >= n."""
-    if (R := _cholesky(A.T @ A, A.dtype)) is None:
-        return torch.linalg.qr(A.double())[0].to(A.dtype)
-    return torch.linalg.solve_triangular(R, A, upper=True, left=False)
+    """An orthonormal basis, (m, n), of the span of A, (m, n), m >= n, to 10 digits in float64 and 4 in float32."""
+    R, failed = torch.linalg.cholesky_ex(A.T @ A, upper=True)  # R^T R = A^T A, in half of the time of a QR
+    V = torch.linalg.solve_triangular(R, A, upper=True, left=False)
+    off = (V.T @ V).sub_(torch.eye(len(R), dtype=V.dtype, device=V.device)).norm()
+    good = not failed and off < (1e-10 if V.dtype == torch.float64 else 1e-4)
+    return V if good else torch.linalg.qr(A.double())[0].to(A.dtype)
 
 
 def _sandwich(R: Tensor, H: Tensor | None) -> Tensor:
@@ -375,7 +380,8 @@ class _Problem:
     If out > in, take the thin QR E = P R first: P is orthonormal, so what A, B are for R, (in, in), P A, B are for E.
     So R (= E if out <= in) and G = R H R^T, (k, k) with k = min(out, in), are all that the iterations need.
 
-    G is in float64, see `_sandwich`, and so are the errors at the start and the end, or one could be below the least possible.
+    G is in float64, and so are the errors at the start and the end, or one could be below the least possible. It comes from
+    products in float32, see `_sandwich`, or in float64 where float32 could not tell apart what A, B leave of it, `_resolved`.
 
     QA-LoRA adds an adapter to the inputs summed over groups of group_size = g, P x with P (in/g, in): as if B was the same in
     all inputs of a group, B P for B. The least of 1/2 || (E - A B^T P) X ||_F^2 is (1) again, with K = P H P^T for H and
@@ -400,10 +406,20 @@ class _Problem:
             size = size.where(size > noise * most, math.inf).sqrt()  # in the units of each input, or large ones hide the others
             F = pooled(EH) / size @ torch.linalg.pinv(K / size / size[:, None], rtol=noise, hermitian=True) / size
             E, H = F, K
-        self.rank = min(rank, *E.shape)
+        self.rank, self.H = min(rank, *E.shape), H
         self.lift, self.R = _thin_qr(E) if E.shape[0] > E.shape[1] else (lambda A: A, E)
         self.G = _sandwich(self.R, H)
         self.total = float(self.G.trace()) if total is None else total
+
+    def _resolved(self, captured: float) -> bool:
+        """Whether float32 can tell apart what is left of G. If not, as for inputs with a large mean, G is made in float64."""
+        left = (float(self.G.trace()) - captured) / len(self.G)
+        if self.H is None or self.H.dtype == torch.float64 or 1.2e-7 * float(self.G.norm()) < 0.01 * left:
+            return True
+        self.H = self.H.double()
+        self.G = _sandwich(self.R, self.H)
+        self.total = float(self.G.trace())
+        return False
 
     def error(self, captured: float) -> float:
         """1/2 || (E - A B^T) X ||_F^2, where captured = tr A^T G A."""
@@ -434,12 +450,12 @@ class _Problem:
         return _orthonormal(A.double())
 
     def als(self, steps: int, every_half_step: bool = False) -> tuple[Tensor, list[float]]:
-        """`steps` rounds of (5) and (6): an orthonormal A (k, r), and the errors at the start, with every_half_step after each
-        of them, and of A, which is the last iterate if none was better.
+        """`steps` rounds of (5) and (6): an orthonormal A (k, r), the last iterate or a better one before it, and the errors at
+        the start and of that A, with every_half_step also those between them.
 
         With B = R^T A, (5) is A = G A (A^T G A)^-1. The r x r factor changes the basis of A but not its span, and the span
         is all that (6) sees, so A = orth(G A) does for both: a subspace iteration, with no system that could be singular.
-        Steps whose errors nobody asks for are in float32 if E is, and if that can tell apart what is left of G.
+        Where H is in float32, the steps from the third on are so too, unless their errors are asked for.
         """
         A, step, most, errors = self.start(), 0, 0.0, []
         best = torch.zeros_like(A)
@@ -449,6 +465,8 @@ class _Problem:
             errors.append(self.error(captured))
             if captured > most:  # only rounding can make a later iterate the worse one
                 best, most = A, captured
+            if step == min(1, steps) and not self._resolved(captured):
+                return self.als(steps, every_half_step)
             if step == steps:
                 break
             if every_half_step:  # (5) alone leaves 1/2 (tr G - tr (B^T H B)^+ Y^T Y)
@@ -456,19 +474,19 @@ class _Problem:
                 keep = lam > lam.amax().clamp(min=0) * self.rank * torch.finfo(lam.dtype).eps
                 errors.append(self.error(float(((Y @ V[:, keep]).square().sum(0) / lam[keep]).sum())))
             A, step = _orthonormal(Y), step + 1  # (5) A = E H B (B^T H B)^-1, in another basis
-            if step == 2 < steps and not every_half_step and self.dtype == torch.float32:
-                size, left = float(self.G.norm()), float(self.G.trace()) - captured
-                if 1.2e-7 * size < 0.01 * left / len(A):
-                    G, A = self.G.div(size).float(), A.float()
-                    for _ in range(steps - step):
-                        A = _orthonormal(G @ A)
-                    A, step = _orthonormal(A.double()), steps
+            if step == 2 < steps and not every_half_step and self.H is not None and self.H.dtype == torch.float32:
+                G, A = self.G.div(self.G.norm()).float(), A.float()
+                for _ in range(steps - step):
+                    A = _orthonormal(G @ A)
+                A, step = _orthonormal(A.double()), steps
         errors[-1] = self.error(most)  # of the A returned
-        return best, errors
+        return best, errors if every_half_step else [errors[0], errors[-1]]
 
     def exact(self) -> tuple[Tensor, list[float]]:
         """The top r eigenvectors of G, (k, r), and the least possible error: half the sum of the other eigenvalues."""
         lam, U = torch.linalg.eigh(self.G)  # ascending
+        if not self._resolved(float(lam[-self.rank :].sum())):
+            lam, U = torch.linalg.eigh(self.G)
         return U[:, -self.rank :], [self.error(float(lam[-self.rank :].sum()))]
 
 
@@ -540,18 +558,21 @@ def residual_metric(H: Tensor, B: Tensor | None = None, damping: float = 0.03) -
     """M, (in, in) in float64, with 1/2 e M e^T the part of (1) that the rounding errors e of a row, (in,), are to blame for.
 
     M is H, or given the B, (in, r), of an adapter whose best A takes its part of any errors, H - H B (B^T H B)^-1 B^T H. Damped
-    by a share of its mean diagonal: so H may be singular, and a row does not trust 1,000 inputs to cancel.
+    by a share of its mean diagonal, so that H may be singular, and errors are not fitted to correlations that the calibration
+    data have by chance; by more where M, as it was rounded, is not positive definite.
     """
     M = H = H.double()
     if B is not None:
         HB = H @ (B := _orthonormal(B[:, B.norm(dim=0) > 0].double()))
         M = H - HB @ torch.linalg.pinv(B.T @ HB, hermitian=True) @ HB.T
-    least = 1e-9 * H.diagonal().mean()  # above the rounding errors of the lines before
+    least = 1e-9 * H.diagonal().mean()
     shift = damping * M.diagonal().mean().clamp(min=0) + (least if least > 0 else 1)
+    while torch.linalg.cholesky_ex(M + torch.diag(shift.expand(len(M)))).info:
+        shift = 10 * shift
     return M + torch.diag(shift.expand(len(M)))
 
 
-@torch.no_grad()
+@_exactly
 def round_calibrated(W: Tensor, base: QuantizedWeight, M: Tensor, descent: bool = False) -> QuantizedWeight:
     """Round W, (out, in), once more, input by input, to the levels, scales and zero points of `base`; M of `residual_metric`.
 
@@ -561,11 +582,12 @@ def round_calibrated(W: Tensor, base: QuantizedWeight, M: Tensor, descent: bool 
     is a product of matrices.
     """
     if descent:
-        K = M / M.diagonal()[:, None]
+        K = M / M.diagonal()[:, None]  # (in, in): -K_j E, with the diagonal 0, is the best error in the weights of input j
     else:  # e M e^T = sum_j d_j (e_j + sum_{i<j} e_i U_ij)^2, with M = U diag(d) U^T, U unit upper triangular
         R = torch.linalg.cholesky(M.flip(0, 1)).flip(0, 1)
         K = (R / R.diagonal()).T
-    K = (K - torch.eye(len(K), device=K.device)).to(W.dtype)  # (in, in): -K_j E is the best error in the weights of input j
+    K.diagonal().zero_()
+    K = K.to(W.dtype)
     E, levels, scale = W - base.dequantize(W.dtype), base.levels(), base.of_each(base.scales()).to(W.dtype)
     W = W if base.zero is None else W + base.of_each(base.zero).to(W.dtype) * scale
     W, E, scale = (x.T.clone(memory_format=torch.contiguous_format) for x in (W, E, scale))  # (in, out), W near level * scale
@@ -777,7 +799,7 @@ class QALoRALinear(LoRALinear):
         """Put the adapter into the zero points, in place, and drop it: codes, scales and outputs stay what they are."""
         if self.lora_A is not None:
             update = self.scaling * self.lora_B @ self.lora_A  # (out, in / group_size)
-            self.base.zero -= update.reshape(-1).to(self.base.zero.dtype) / self.base.absmax
+            self.base.zero = self.base.zero - update.reshape(-1).to(self.base.zero.dtype) / self.base.absmax
             self.set_adapter(None, None, self.alpha, self.rslora)
 
 
@@ -1170,7 +1192,7 @@ def load_base(model: nn.Module, folder: str | Path) -> None:
     if not states:
         raise (ValueError if tensors else FileNotFoundError)(f"{folder} holds no *.safetensors of save_base")
     own, modules, found = model.state_dict(), dict(model.named_modules()), []
-    rest = {key: x for key, x in tensors.items() if key.partition(".weight")[0] not in states}
+    rest = {key: x for key, x in tensors.items() if f"{key}.".rpartition(".weight.")[0] not in states}
     if wrong := next((key for key, x in rest.items() if key in own and own[key].shape != x.shape), None):
         raise ValueError(f"{wrong} is {tuple(rest[wrong].shape)} in {folder} and {tuple(own[wrong].shape)} in the model")
     for name, state in states.items():
@@ -1186,7 +1208,7 @@ def load_base(model: nn.Module, folder: str | Path) -> None:
         if grouped[0] != grouped[1]:
             raise ValueError(f"{key} has a group_size of {grouped[0]} in {folder} and {grouped[1]} in the model")
         found.append((layer, base))
-    for layer, base in found:  # now that all of them fit
+    for layer, base in found:  # now that all shapes fit
         if isinstance(layer, LoRALinear):
             layer.base, layer.own_base = base.to(layer.base.codes.device), True
         else:
