@@ -431,6 +431,53 @@ def test_float32_inputs_with_an_outlier_channel_reach_the_optimum_and_report_it(
     assert best * (1 - 1e-9) <= errors[-1] < 1.01 * best
 
 
+@pytest.mark.parametrize("mean", [0.0, 1e2, 1e3])
+def test_a_direction_that_all_inputs_share_hides_no_error_in_float32(mean):
+    generator = torch.Generator().manual_seed(0)
+    E, X = torch.randn(300, 400, generator=generator), torch.randn(400, 800, generator=generator)
+    H = (X := X + mean * torch.randn(400, 1, generator=generator)) @ X.T
+    problem = quailora._Problem(E, H, 32)
+    A, errors = problem.als(20)
+    assert errors[-1] == pytest.approx(calibrated_error(E, *problem.factors(A), H), rel=1e-3)
+    least = calibrated_error(E.double(), *exact_init(E.double(), H.double(), 32), H)
+    assert quailora._Problem(E, H, 32).exact()[1][0] == pytest.approx(least, rel=1e-3)
+    assert 0.999 * least < errors[-1] < 1.05 * least or mean == 1e3  # H itself is wrong by its rounding there
+
+
+@pytest.mark.parametrize("case", ["few tokens", "mean", "outliers", "token"])
+def test_calibrated_rounding_takes_an_H_that_its_rounding_to_float32_made_indefinite(case):
+    generator = torch.Generator().manual_seed(1)
+    W, X = torch.randn(96, 128, generator=generator), torch.randn(128, 8 if case == "few tokens" else 600, generator=generator)
+    if case == "mean":
+        X += 1e3 * torch.randn(128, 1, generator=generator)
+    elif case == "outliers":
+        X[:3] *= 1e4
+    elif case == "token":
+        X[:2, ::100] = 1e5
+    joint, quailora_ = (quailora.initialize(W, X @ X.T, 16, init)[-1]["initialized"] for init in ("joint", "quailora"))
+    assert joint <= quailora_
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", ["random", "chain", "growing"])
+def test_the_thin_qr_is_one_also_where_a_cholesky_factor_does_not_show_how_near_to_dependent_the_columns_are(case, dtype):
+    generator = torch.Generator().manual_seed(0)
+    R = torch.eye(
+        24, dtype=torch.float64
+    )  # the diagonal of R beside its columns is far from zero, its least singular value not
+    if case == "chain":
+        R = 0.31 * R + 0.95 * torch.diag(torch.ones(23).double(), 1)
+    elif case == "growing":
+        R = 0.1 * R + torch.randn(24, 24, generator=generator, dtype=torch.float64).triu(1)
+    E = (torch.linalg.qr(torch.randn(300, 24, generator=generator, dtype=torch.float64))[0] @ R).to(dtype)
+    lift, R = quailora._thin_qr(E)
+    P, eye = lift(torch.eye(24, dtype=torch.float64)), torch.eye(24, dtype=torch.float64)
+    assert torch.allclose(P.T @ P, eye, atol=1e-4 if dtype == torch.float32 else 1e-8)
+    assert torch.allclose(P @ R, E.double(), atol=1e-5 if dtype == torch.float32 else 1e-10)
+    V = quailora._orthonormal(E)
+    assert torch.allclose((V.T @ V).double(), eye, atol=1e-4 if dtype == torch.float32 else 1e-9)
+
+
 def test_autocast_does_not_reach_the_solvers():
     generator = torch.Generator().manual_seed(0)
     linear, X = nn.Linear(96, 64), 10 + torch.randn(96, 400, generator=generator)
@@ -1478,6 +1525,13 @@ def test_a_qa_lora_adapter_on_a_base_of_its_own_comes_back_with_it(tmp_path):
         assert torch.equal(other(**batches[0]).logits, expected)
         trained = [name for name, p in other.named_parameters() if p.requires_grad]
         assert trained and all(name.endswith((".lora_A", ".lora_B")) for name in trained)
+    model, other = tiny("opt"), tiny("opt")
+    for named in (model, other):
+        named.model.decoder.layers[0].weight_proj = nn.Linear(32, 32)
+    apply_quailora(model, None, rank=8, init="qlora")
+    quailora.save_base(model, tmp_path / "named")
+    quailora.load_base(other, tmp_path / "named")  # a layer whose name begins with "weight"
+    assert torch.equal(other.model.decoder.layers[0].weight_proj.bias, model.model.decoder.layers[0].weight_proj.bias)
     wrong = tiny("opt")
     apply_quailora(wrong, None, rank=8, init="qlora")
     with pytest.raises(ValueError, match="has a group_size of 8 in .* and none in the model"):
