@@ -26,8 +26,6 @@ QLoRA, LoftQ, QERA, CLoQ are neighbours: other choices of how W is rounded, how 
 QA-LoRA is a sibling: an adapter on sums of inputs, which merges into the rounded weights without loss, `QALoRALinear`.
 
 Usage:      rows = apply_quailora(model, batches)     # replaces the linear layers of a torch model; then train as usual
-
-Sections: 1 quantization, 2 the low-rank part, 3 the family, 4 the layer, 5 whole models, 6 on disk.
 """
 
 from __future__ import annotations
@@ -84,14 +82,14 @@ BITSANDBYTES_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @functools.cache
-def normal_float(bits: int) -> Tensor:
+def normal_float(bits: int, device: torch.device | None = None) -> Tensor:
     """The 2^bits levels of NormalFloat (arXiv 2305.14314, appendix E), ascending: quantiles of a normal distribution, scaled
     to [-1, 1], 2^(bits-1) above an exact zero and one fewer below. For 4 bits the table of bitsandbytes, NF4."""
     # most: rounded to 7 digits, and float32 where bitsandbytes has it, for its table to the last bit
     half, most = 2 ** (bits - 1), round(1 - (2.0 ** -(bits + 1) + 0.5 / (2**bits - 1)) / 2, 7)
     share = (torch.linspace(most, 0.5, n + 1, dtype=torch.float32)[:-1].double() for n in (half, half - 1))
     above, below = (torch.special.ndtri(p).float() for p in share)
-    return torch.cat([-below, above.new_zeros(1), above.flip(0)]) / above[0]
+    return (torch.cat([-below, above.new_zeros(1), above.flip(0)]) / above[0]).to(device)
 
 
 @functools.cache
@@ -105,19 +103,9 @@ def dynamic_map(device: torch.device | None = None) -> Tensor:
     return torch.tensor(sorted(levels), dtype=torch.float32, device=device)
 
 
-@functools.cache
-def _table(bits: int, device: torch.device, whole: bool = False) -> Tensor:
-    """Levels for so many bits, copied to a device once: NormalFloat, int8 over 127 for 8 bits, or the whole numbers."""
-    if whole:
-        return torch.arange(2**bits, dtype=torch.float32, device=device)
-    return (torch.arange(-127, 128) / 127 if bits == 8 else normal_float(bits)).to(device)
-
-
 def _round_blocks(x: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Scale each block of a flat float32 x to [-1, 1] and take the nearest level, at a tie the lower one.
-
-    Returns uint8 codes (x.numel(),) and the float32 scales (blocks,), the largest magnitude of each block.
-    """
+    Returns uint8 codes (x.numel(),) and the float32 scales (blocks,), the largest magnitude of each block."""
     blocks = (F.pad(x, (0, -len(x) % block_size)) if len(x) % block_size else x).view(-1, block_size)
     absmax = torch.maximum(blocks.amax(1), -blocks.amin(1)).abs()  # not -0
     size = absmax.clamp(min=1e-38)
@@ -133,22 +121,13 @@ def _round_blocks(x: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, T
     return codes, absmax
 
 
-def _pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes (n,) below 2^bits as bytes (ceil(n bits / 8), 1), the first code in the highest bits: a byte holds 4 codes of 2
-    bits or 2 of 4, three bytes 8 of 3. The rest is filled up with the code of level 0."""
-    codes_in, bytes_in = math.lcm(bits, 8) // bits, math.lcm(bits, 8) // 8  # of a word
-    codes = F.pad(codes, (0, -len(codes) % codes_in), value=2 ** (bits - 1) - 1).view(-1, codes_in)
-    word = sum(codes[:, i].int() << bits * (codes_in - 1 - i) for i in range(codes_in))
-    return torch.stack([(word >> 8 * (bytes_in - 1 - i)).to(torch.uint8) for i in range(bytes_in)], 1).view(-1, 1)
-
-
-def _unpack(packed: Tensor, bits: int, n: int) -> Tensor:
-    """The codes (n,) that `_pack` was given, as uint8."""
-    codes_in, bytes_in = math.lcm(bits, 8) // bits, math.lcm(bits, 8) // 8
-    word = packed.view(-1, bytes_in)
-    word = word[:, 0] if bytes_in == 1 else sum(word[:, i].int() << 8 * (bytes_in - 1 - i) for i in range(bytes_in))
-    codes = [(word >> bits * (codes_in - 1 - i) & 2**bits - 1).to(torch.uint8) for i in range(codes_in)]
-    return torch.stack(codes, 1).view(-1)[:n]
+def _pack(codes: Tensor, bits: int, to: int = 8) -> Tensor:
+    """uint8 codes (n,) below 2^bits, their bits in a row, the highest first, cut into codes below 2^to: into bytes, 4 codes of
+    2 bits or 2 of 4 in each, 8 of 3 in three, the last one filled up with the code of level 0; and back with bits=8."""
+    n, m = math.lcm(bits, to) // bits, math.lcm(bits, to) // to  # codes in a word, before and after
+    codes = F.pad(codes, (0, -len(codes) % n), value=2 ** (bits - 1) - 1).view(-1, n)
+    word = codes[:, 0] if n == 1 else sum(codes[:, i].int() << bits * (n - 1 - i) for i in range(n))
+    return torch.stack([(word >> to * (m - 1 - i) & 2**to - 1).to(torch.uint8) for i in range(m)], 1).view(-1)
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -166,17 +145,14 @@ class _FrozenProduct(torch.autograd.Function):
 
 class QuantizedWeight(nn.Module):
     """What `quantize` returns. It stands for scale * (level - zero), with zero = 0 but for groups.
-
     Buffers: `codes`, uint8 as in `_pack` or int8 (out, in), for 16 bits W itself; `absmax`, the scale of each block or row in
     float32, or with double quantization as uint8 codes with `nested_absmax` (a float32 for 256 scales) and `offset` (float32);
-    `zero`, (groups,), and there `absmax`, in float32, or float64 if W is.
-    """
+    `zero`, (groups,), and there `absmax`, in float32, or float64 if W is."""
 
     def __init__(self, shape, dtype, bits, block_size, codes, absmax=None, nested_absmax=None, offset=None, zero=None):
         super().__init__()
         self.shape, self.dtype, self.bits, self.block_size = torch.Size(shape), dtype, bits, block_size
-        buffers = {"codes": codes, "absmax": absmax, "nested_absmax": nested_absmax, "offset": offset, "zero": zero}
-        for name, buffer in buffers.items():
+        for name, buffer in dict(codes=codes, absmax=absmax, nested_absmax=nested_absmax, offset=offset, zero=zero).items():
             self.register_buffer(name, buffer)
 
     def _apply(self, fn, recurse=True):
@@ -217,29 +193,21 @@ class QuantizedWeight(nn.Module):
             return (self.codes * self.scales()[:, None] * (1 / 127)).to(dtype)
         if (state := self._state(dtype, (1, n))) is not None:  # one row, see `forward`
             return bitsandbytes.functional.dequantize_4bit(self.codes, state).reshape(self.shape)
-        values = self.levels()[_unpack(self.codes, self.bits, n).int()]
-        values = F.pad(values, (0, -n % self.block_size)).view(-1, self.block_size)
-        Q = (values if self.zero is None else values - self.zero[:, None]) * self.scales()[:, None]
-        return Q.view(-1)[:n].view(self.shape).to(dtype)
+        values = self.levels()[_pack(self.codes[:, 0], 8, self.bits)[:n].int()].view(self.shape)
+        values = values if self.zero is None else values - self.of_each(self.zero)
+        return (values * self.of_each(self.scales())).to(dtype)
 
     def levels(self) -> Tensor:
-        """What a code stands for, before the zero point and the scale, (2^bits,)."""
-        return _table(self.bits, self.codes.device, self.zero is not None)
+        """What a code stands for, before the zero point and the scale, (2^bits,); for int8 whole numbers over 127."""
+        device = self.codes.device
+        if self.zero is not None:
+            return torch.arange(2**self.bits, dtype=torch.float32, device=device)
+        return torch.arange(-127, 128, device=device) / 127 if self.bits == 8 else normal_float(self.bits, device)
 
     def of_each(self, values: Tensor) -> Tensor:
         """`values` of the blocks, scales or zero points, (blocks,), for every weight: (out, in)."""
         values = values[:, None].expand(-1, self.block_size or self.shape[1]).reshape(-1)
         return values[: self.shape.numel()].view(self.shape)
-
-    def with_codes(self, codes: Tensor) -> QuantizedWeight:
-        """The same levels, scales and zero points with other codes, (out * in,) in uint8."""
-        buffers = (self.absmax, self.nested_absmax, self.offset, self.zero)
-        int8 = self.codes.dtype == torch.int8
-        packed = (codes.int() - 127).to(torch.int8).view(self.shape) if int8 else _pack(codes, self.bits)
-        return QuantizedWeight(self.shape, self.dtype, self.bits, self.block_size, packed, *buffers)
-
-    def extra_repr(self) -> str:
-        return f"shape={tuple(self.shape)}, bits={self.bits}, block_size={self.block_size}"
 
 
 @torch.no_grad()
@@ -259,8 +227,7 @@ def quantize(
     least to their greatest weight, scale * (code - zero), with a zero point that is not rounded; 2, 3, 4 or 8 bits.
 
     Raises ValueError if W is not a 2-D float matrix, holds NaN or inf, bits or block_size are not supported, or group_size does
-    not divide `in`.
-    """
+    not divide `in`."""
     _check(W.float() if W.is_floating_point() and not group_size else W, group_size=group_size)
     if bits not in (2, 3, 4, 8, 16) or (bits == 16 and group_size is not None):
         raise ValueError(f"bits must be 2, 3, 4, 8 or{' (without group_size)' * (group_size is not None)} 16, got {bits}")
@@ -276,7 +243,7 @@ def quantize(
         scale = scale.where(size > 0, 1).clamp(min=torch.finfo(groups.dtype).tiny)
         zero = -least / scale
         codes = (groups / scale[:, None] + zero[:, None]).round().clamp(0, 2**bits - 1).to(torch.uint8)
-        return QuantizedWeight(W.shape, W.dtype, bits, group_size, _pack(codes.view(-1), bits), scale, zero=zero)
+        return QuantizedWeight(W.shape, W.dtype, bits, group_size, _pack(codes.view(-1), bits)[:, None], scale, zero=zero)
     if bits == 8:
         absmax = x.abs().amax(1)
         codes = (x * (127 / absmax.clamp(min=1e-36))[:, None]).round().to(torch.int8)
@@ -289,7 +256,7 @@ def quantize(
     codes, absmax = _round_blocks(x.reshape(-1), normal_float(bits), block_size)
     if len(codes) % block_size:
         absmax[-1].clamp_(min=1e-38)  # as in bitsandbytes
-    codes, offset, nested_absmax = _pack(codes, bits), None, None
+    codes, offset, nested_absmax = _pack(codes, bits)[:, None], None, None
     if double_quant:
         offset = absmax.mean()
         scales, (absmax, nested_absmax) = absmax - offset, _round_blocks(absmax - offset, dynamic_map(), 256)
@@ -301,16 +268,16 @@ def quantize(
 # ----------------------------------------------------------------------------------- 2  The low-rank part: E, H -> A, B
 
 
-def _symmetric(k: int, left: Callable, right: Callable) -> Tensor:
-    """M = L R^T, (k, k) in float64, where that is symmetric, from the rows left(slice) of L and right(slice) of R, at most 512
-    at a time: half of the work of the product for a large k, and never all of L or R."""
-    size = math.ceil(k / math.ceil(k / 512))
-    parts, M = [slice(start, min(start + size, k)) for start in range(0, k, size)], None
+def _symmetric(R: Tensor, left: Callable, right: Callable) -> Tensor:
+    """M = left(R) right(R)^T, (k, k) in float64, where that is symmetric, from the rows of R, (k, n), at most 512 at a time:
+    half of the work of the product for a large k, and never all of left(R) or right(R)."""
+    size = math.ceil(len(R) / math.ceil(len(R) / 512))
+    parts = [slice(start, start + size) for start in range(0, len(R), size)]
+    M = R.new_empty(len(R), len(R), dtype=torch.float64)
     for i, rows in enumerate(parts):
-        L = left(rows)
-        M = L.new_empty(k, k, dtype=torch.float64) if M is None else M
+        L = left(R[rows])
         for columns in parts[: i + 1]:
-            block = (L @ right(columns).T).double()
+            block = (L @ right(R[columns]).T).double()
             M[rows, columns], M[columns, rows] = block, block.T
         M[rows, rows] = (block + block.T) / 2
     return M
@@ -318,12 +285,11 @@ def _symmetric(k: int, left: Callable, right: Callable) -> Tensor:
 
 def _thin_qr(E: Tensor) -> tuple[Callable, Tensor]:
     """R, (n, n) in float64, of E = P R with orthonormal columns P, (m, n), m >= n, and the function A -> P A.
-
     By the Cholesky factor of E^T E where P^T P is then I to 4 digits (float32) or 9 (float64): half of that is as exact as the
     optimum, and less exact than the error that it leaves."""
     for dtype in dict.fromkeys((E.dtype, torch.float64)):
-        columns = lambda part, dtype=dtype: E[:, part].to(dtype).T  # noqa: E731
-        gram, of = _symmetric(E.shape[1], columns, columns), torch.finfo(dtype)
+        cast = functools.partial(Tensor.to, dtype=dtype)
+        gram, of = _symmetric(E.T, cast, cast), torch.finfo(dtype)
         (R, failed), size = torch.linalg.cholesky_ex(gram, upper=True), gram.diagonal()[:, None]
         x = torch.ones_like(size)
         x[1::2] = -1
@@ -347,29 +313,22 @@ def _orthonormal(A: Tensor) -> Tensor:
 
 def _sandwich(R: Tensor, H: Tensor | None) -> Tensor:
     """R H R^T in float64, (k, k), by products in float32 where H is in float32. None stands for the identity.
-
     An input feature 1,000 times the others, as language models have, has 10^6 times their share: in float32 nothing would be
-    left of the others' digits. So products with features of 10 times the median size are apart, in float64.
-    """
-    rows = lambda part: R[part].double()  # noqa: E731
+    left of the others' digits. So products with features of 10 times the median size are apart, in float64."""
     if H is None:
-        return _symmetric(len(R), rows, rows)
+        return _symmetric(R, Tensor.double, Tensor.double)
     large = (size := H.diagonal()) > 100 * H.diagonal().median()
     if H.dtype == torch.float64 or large.sum() > len(size) / 8:
         H = H.double()
-        return _symmetric(len(R), lambda part: rows(part) @ H, rows)
+        return _symmetric(R, lambda rows: rows.double() @ H, Tensor.double)
     r, h = float(torch.linalg.vector_norm(R, math.inf)) or 1.0, math.sqrt(float(size[~large].max()) or 1.0)
-    apart = []  # (rows of R) H without products with large features, in those features
 
-    def rest(part):  # in these units the products stay within the range of float32
-        return (R[part] / r).div_(h).float().masked_fill_(large, 0)
+    def rest(rows):  # without large features, in units in which the products stay within the range of float32
+        return (rows / r).div_(h).float().masked_fill_(large, 0)
 
-    def rest_H(part):
-        T = rest(part) @ H
-        apart.append(T[:, large].double())
-        return T
-
-    G, T, R = _symmetric(len(R), rest_H, rest), torch.cat(apart), R[:, large].double() / (r * h)
+    G = _symmetric(R, lambda rows: rest(rows) @ H, rest)
+    T = torch.cat([rest(rows) @ H[:, large] for rows in R.split(512)]).double()  # (k, number of large features)
+    R = R[:, large].double() / (r * h)
     return G.addmm_(T, R.T).addmm_(R, T.T).addmm_(R @ H[large][:, large].double(), R.T).mul_(r**2).mul_(h**2)
 
 
@@ -401,11 +360,9 @@ class _Problem:
         if group_size > 1:
             E, H = E.double(), (torch.eye(E.shape[1], device=E.device) if H is None else H).double()
             EH, pooled = E @ H, lambda M: M.unflatten(-1, (-1, group_size)).sum(-1)  # M -> M P^T
-            total, K, most = float((EH * E).sum()), pooled(pooled(H).T), pooled(pooled(H.abs()).T).diagonal()  # K (in/g, in/g)
-            size = K.diagonal()
-            size = size.where(size > noise * most, math.inf).sqrt()  # in the units of each input, or large ones hide the others
-            F = pooled(EH) / size @ torch.linalg.pinv(K / size / size[:, None], rtol=noise, hermitian=True) / size
-            E, H = F, K
+            total, K, size = float((EH * E).sum()), pooled(pooled(H).T), pooled(pooled(H.abs()).T).diagonal()  # K (in/g, in/g)
+            size = size.where(size > 0, 1).sqrt()  # in these units a sum is as exact as another, and large ones hide no others
+            E, H = pooled(EH) / size @ torch.linalg.pinv(K / size / size[:, None], rtol=noise, hermitian=True) / size, K  # F, K
         self.rank, self.H = min(rank, *E.shape), H
         self.lift, self.R = _thin_qr(E) if E.shape[0] > E.shape[1] else (lambda A: A, E)
         self.G = _sandwich(self.R, H)
@@ -427,11 +384,9 @@ class _Problem:
 
     def factors(self, A: Tensor) -> tuple[Tensor, Tensor]:
         """A (out, r) and B (in, r) from an orthonormal A (k, r), in the SVD-balanced form A = U sqrt(S), B = V sqrt(S)."""
-        blocks = zip(self.R.split(1024), A.split(1024), strict=True)
-        B = sum(R.double().T @ part for R, part in blocks)  # (6), without a copy of all of R in float64
+        B = sum(R.double().T @ part for R, part in zip(self.R.split(1024), A.split(1024), strict=True))  # (6), by parts
         U = torch.linalg.eigh(B.T @ B).eigenvectors.flip(1)  # A B^T = (A U) (B U)^T, and B U = V S
-        A, B = self.lift(A) @ U, B @ U  # not V S: a row of B is as exact as its column of E
-        B = B.repeat_interleave(self.group_size, 0)  # P^T B
+        A, B = self.lift(A) @ U, (B @ U).repeat_interleave(self.group_size, 0)  # P^T B; not V S: a row as exact as E's column
         root = B.norm(dim=0).sqrt()
         A, B = A * root, B / root.where(root > 0, 1)
         return tuple(F.pad(M, (0, self.columns - self.rank)).to(self.dtype) for M in (A, B))
@@ -442,9 +397,8 @@ class _Problem:
         if len(self.R) <= 256:
             R = self.R.double()
             return torch.linalg.eigh(R @ R.T).eigenvectors.flip(1)[:, : self.rank]  # R R^T = U S^2 U^T
-        generator = torch.Generator().manual_seed(0)
         R = (self.R / (torch.linalg.vector_norm(self.R, math.inf) or 1.0)).to(self.dtype)
-        A = R @ torch.randn(R.shape[1], self.rank, generator=generator, dtype=torch.float64).to(R)
+        A = R @ torch.randn(R.shape[1], self.rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(R)
         for _ in range(2):
             A = R @ (R.T @ _orthonormal(A))
         return _orthonormal(A.double())
@@ -455,8 +409,7 @@ class _Problem:
 
         With B = R^T A, (5) is A = G A (A^T G A)^-1. The r x r factor changes the basis of A but not its span, and the span
         is all that (6) sees, so A = orth(G A) does for both: a subspace iteration, with no system that could be singular.
-        Where H is in float32, the steps from the third on are so too, unless their errors are asked for.
-        """
+        Where H is in float32, the steps from the third on are so too, unless their errors are asked for."""
         A, step, most, errors = self.start(), 0, 0.0, []
         best = torch.zeros_like(A)
         while True:
@@ -493,10 +446,7 @@ class _Problem:
 @_exactly
 def svd_init(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best rank-r approximation A B^T of E, (out, in), without data: the optimum of (2), by equations (3) and (4).
-
-    Returns A (out, rank), B (in, rank) in float32, or float64 if E is. Raises ValueError if rank is not within
-    1 .. min(out, in), or E is not finite.
-    """
+    Results and errors raised as for `als_init`."""
     _check(E, None, rank)
     U, sigma, Vt = torch.linalg.svd(E.to(_at_least_float32(E)), full_matrices=False)  # (3) E = U S V^T
     root = sigma[:rank].sqrt()
@@ -512,8 +462,7 @@ def als_init(E: Tensor, H: Tensor, rank: int, steps: int = 20, return_errors: bo
     `return_errors` also the 2 steps + 1 calibrated errors: at the start and after every half-step, (5), (6), (5), ...
     Costs one product with H and two with E, then O(min(out, in)^2 rank) a step. group_size: for QA-LoRA, B is the same in all
     inputs of a group, see `_Problem`. Raises ValueError if rank is not within 1 .. min(out, in), the shapes do not fit,
-    group_size does not divide `in`, or E or H is not finite.
-    """
+    group_size does not divide `in`, or E or H is not finite."""
     problem = _Problem(E, H, rank, group_size)
     A, errors = problem.als(steps, return_errors)
     return (*problem.factors(A), errors) if return_errors else problem.factors(A)
@@ -522,10 +471,8 @@ def als_init(E: Tensor, H: Tensor, rank: int, steps: int = 20, return_errors: bo
 @_exactly
 def exact_init(E: Tensor, H: Tensor, rank: int, group_size: int = 1) -> tuple[Tensor, Tensor]:
     """A global optimum of (1) in closed form (QERA, arXiv 2410.06040; CLoQ, 2501.18475), also where H is singular.
-
     With U_r the top r eigenvectors of E H E^T, A = U_r and B^T = U_r^T E, here SVD-balanced. Arguments, results and errors
-    raised as for `als_init`. Costs an eigendecomposition of order min(out, in).
-    """
+    raised as for `als_init`. Costs an eigendecomposition of order min(out, in)."""
     problem = _Problem(E, H, rank, group_size)
     return problem.factors(problem.exact()[0])
 
@@ -556,11 +503,9 @@ def needs_data(init: str) -> bool:
 
 def residual_metric(H: Tensor, B: Tensor | None = None, damping: float = 0.03) -> Tensor:
     """M, (in, in) in float64, with 1/2 e M e^T the part of (1) that the rounding errors e of a row, (in,), are to blame for.
-
     M is H, or given the B, (in, r), of an adapter whose best A takes its part of any errors, H - H B (B^T H B)^-1 B^T H. Damped
     by a share of its mean diagonal, so that H may be singular, and errors are not fitted to correlations that the calibration
-    data have by chance; by more where M, as it was rounded, is not positive definite.
-    """
+    data have by chance; by more where M, as it was rounded, is not positive definite."""
     M = H = H.double()
     if B is not None:
         HB = H @ (B := _orthonormal(B[:, B.norm(dim=0) > 0].double()))
@@ -575,12 +520,10 @@ def residual_metric(H: Tensor, B: Tensor | None = None, damping: float = 0.03) -
 @_exactly
 def round_calibrated(W: Tensor, base: QuantizedWeight, M: Tensor, descent: bool = False) -> QuantizedWeight:
     """Round W, (out, in), once more, input by input, to the levels, scales and zero points of `base`; M of `residual_metric`.
-
     Each weight goes to the level where the sum of e M e^T over the rows is least, with the errors in the inputs before it as
     they are, and those after it free to make up for it (the feedback of GPTQ, arXiv 2210.17323). With `descent` from the codes
     of `base` on, those of all others as they are: then that sum never rises. In blocks of 32 inputs, so that most of the work
-    is a product of matrices.
-    """
+    is a product of matrices."""
     if descent:
         K = M / M.diagonal()[:, None]  # (in, in): -K_j E, with the diagonal 0, is the best error in the weights of input j
     else:  # e M e^T = sum_j d_j (e_j + sum_{i<j} e_i U_ij)^2, with M = U diag(d) U^T, U unit upper triangular
@@ -601,7 +544,10 @@ def round_calibrated(W: Tensor, base: QuantizedWeight, M: Tensor, descent: bool 
             e = W[j] - levels[codes[j].int()] * scale[j]
             best.addr_(K[rows, j], e - E[j])
             E[j] = e
-    return base.with_codes(codes.T.reshape(-1))
+    int8, codes = base.codes.dtype == torch.int8, codes.T.contiguous()
+    codes = (codes.int() - 127).to(torch.int8) if int8 else _pack(codes.view(-1), base.bits)[:, None]
+    buffers = (base.absmax, base.nested_absmax, base.offset, base.zero)
+    return QuantizedWeight(base.shape, base.dtype, base.bits, base.block_size, codes, *buffers)
 
 
 @_exactly
@@ -614,14 +560,10 @@ def initialize(
     Nearest rounding takes W - A B^T to Q, with A, B of the round before; calibrated rounding takes W to Q, with the scales of
     the nearest one and the `residual_metric` of that B: with feedback the first time, and where there are several rounds with
     two descents in each. Then A and B are found for W - Q. Several rounds start at the nearest Q, and the best of them counts.
-    H: (in, in), None stands for the identity. `steps` of ALS; `bits`, `layout` as for `quantize`; raises ValueError as that
-    and `als_init`.
-
-    With group_size in `layout` that is QA-LoRA's: groups of whole numbers for Q, and B the same in all inputs of a group.
-    Returns the calibrated errors (1) too: of the nearest Q without A B^T (`quantized`), at the start (`svd`) and the end
-    (`als`) of its ALS, of the result (`initialized`), and with floor=True the least for its Q (`floor`). And the `seconds`
-    taken, without those for errors that no step needs.
-    """
+    H: (in, in), None stands for the identity. `steps` of ALS; `bits`, `layout` as for `quantize`, group_size as for `als_init`
+    too; raises ValueError as these. Returns the calibrated errors (1) as well: of the nearest Q without A B^T (`quantized`), at
+    the start (`svd`) and the end (`als`) of its ALS, of the result (`initialized`), with floor=True the least for its Q
+    (`floor`), and the `seconds` taken, without those for errors that no step needs."""
     (rounding, solver, rounds), began = INITS[init], time.perf_counter()
     dtype, seen, low, group = _at_least_float32(W), H if needs_data(init) else None, W.dtype, layout.get("group_size") or 1
     plain, W = quantize(W, bits, **layout), W.to(dtype)
@@ -662,12 +604,10 @@ def initialize(
 
 def split_product(A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """lora_A (r, in) and lora_B (out, r) with scaling * lora_B lora_A = A B^T: the factorization that training starts from.
-
     (1) determines only the product, but the gradient of each factor is multiplied by the other, so the split decides how
     fast each is trained. Here lora_A gets orthonormal rows times sqrt(in / r), which has the norm of a normal draw of
     deviation 1 / sqrt(r), and lora_B the rest. README.md, "How the product is split", has the measurement. Where r > in, which
-    QA-LoRA allows, it gets random orthonormal columns instead.
-    """
+    QA-LoRA allows, it gets random orthonormal columns instead."""
     V = _orthonormal(B.double()) if B.shape[0] >= B.shape[1] else torch.linalg.qr(B.double())[0]
     R = V.T @ B.double()  # B = V R, (in, r) (r, r)
     if V.shape[1] < B.shape[1]:
@@ -697,10 +637,8 @@ def _weight(linear: nn.Module) -> Tensor:
 
 class LoRALinear(nn.Module):
     """A linear layer with a frozen quantized weight and a trainable low-rank update: x -> Q x + scaling lora_B lora_A x.
-
     `base` is the QuantizedWeight; `lora_A` (rank, in) and `lora_B` (out, rank) are the trainable parameters, in float32 (or
-    float64); `bias`, (out,) or None, is kept and frozen; `scaling` is alpha / rank, or alpha / sqrt(rank) with rsLoRA.
-    """
+    float64); `bias`, (out,) or None, is kept and frozen; `scaling` is alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
 
     # set by from_linear; kind: the class of the layer that was replaced; own_base: whether Q is another than quantize(W)
     init, report, kind, own_base = None, None, nn.Linear, False
@@ -724,10 +662,8 @@ class LoRALinear(nn.Module):
         init: str = "quailora", rslora: bool = False, floor: bool = False, W: Tensor | None = None, **layout,
     ) -> LoRALinear:  # fmt: skip
         """Quantize `linear` (nn.Linear or Conv1D) and start its adapter from H = X X^T, (in, in); None stands for the identity.
-
         W, (out, in): what to approximate instead of the layer's weight. Options and errors raised as for `apply_quailora`. The
-        errors of `initialize` are kept as `report`, as || (W - (Q + A B^T)) X ||_F / || W X ||_F.
-        """
+        errors of `initialize`, as || (W - (Q + A B^T)) X ||_F / || W X ||_F, and its `seconds` are kept as `report`."""
         _check_options(alpha, init, steps)
         weight, nearest = _weight(linear), W is None and INITS[init][::2] == ("nearest", 1)
         W = weight if W is None else W
@@ -751,8 +687,7 @@ class LoRALinear(nn.Module):
         if self.lora_A is not None:
             x = x.to(self.lora_A.dtype)
             x = x if self.group_size == 1 else x.unflatten(-1, (-1, self.group_size)).sum(-1)  # P x
-            update = F.linear(x, self.lora_A) * self.scaling
-            out = out + F.linear(update, self.lora_B).to(out.dtype)
+            out = out + F.linear(F.linear(x, self.lora_A) * self.scaling, self.lora_B).to(out.dtype)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     @property
@@ -769,8 +704,8 @@ class LoRALinear(nn.Module):
         return self.base.dequantize(self.lora_A.dtype) + update.repeat_interleave(self.group_size, 1)
 
     def extra_repr(self) -> str:
-        shape = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{shape}, bias={self.bias is not None}, rank={self.rank}, scaling={self.scaling:g}"
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{shape}, rank={self.rank}, scaling={self.scaling:g}, bits={self.base.bits}, block_size={self.base.block_size}"
 
 
 class QALoRALinear(LoRALinear):
@@ -787,10 +722,7 @@ class QALoRALinear(LoRALinear):
         steps: int = 20, init: str | None = None, rslora: bool = False, floor: bool = False, W: Tensor | None = None,
     ) -> QALoRALinear:  # fmt: skip
         """Quantize `linear` and start its adapter from H = X X^T, (in, in), as derived in `_Problem`; without H at zero.
-
-        init: one of INITS, by default "quailora", and "qlora" without H. The rest as for LoRALinear; ValueError also if
-        group_size does not divide `in`, or bits is 16.
-        """
+        init: one of INITS, by default "quailora", and "qlora" without H. The rest as for LoRALinear; errors as `quantize`."""
         init = init or ("qlora" if H is None else "quailora")
         return super().from_linear(linear, H, rank, alpha, bits, steps, init, rslora, floor, W, group_size=group_size)
 
@@ -808,10 +740,8 @@ class QALoRALinear(LoRALinear):
 
 def linear_layers(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Module]:
     """The layers to replace, by name: every nn.Linear and Conv1D but heads, weights tied to an embedding, and those in `skip`.
-
     Heads are what a transformers model has outside its `base_model`, and its output embedding. Subclasses of nn.Linear are
-    left alone: their forward is not known. Raises ValueError if a name in `skip` does not exist.
-    """
+    left alone: their forward is not known. Raises ValueError if a name in `skip` does not exist."""
     skip = {skip} if isinstance(skip, str) else set(skip)
     if unknown := skip - {name for name, _ in model.named_modules()}:
         raise ValueError(f"nothing to skip by the name {sorted(unknown)[0]!r}")
@@ -826,19 +756,15 @@ def linear_layers(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Mo
     }
 
 
-def checked_layers(
-    model: nn.Module, rank: int, skip: Iterable[str] = (), group_size: int | None = None
-) -> dict[str, nn.Module]:
+def checked_layers(model: nn.Module, rank: int, skip: Iterable[str] = (), group_size: int | None = None) -> dict:
     """`linear_layers`, or ValueError if there are none, `rank` or `group_size` does not fit one, or a weight is NaN or inf."""
-    layers = linear_layers(model, skip)
-    if not layers:
+    if not (layers := linear_layers(model, skip)):
         raise ValueError(f"{type(model).__name__} has no linear layers to replace")
     for name, layer in layers.items():
         _check(_weight(layer), None, rank, group_size, name)
     return layers
 
 
-@torch.no_grad()
 def input_correlations(model: nn.Module, batches: Iterable, skip: Iterable[str] = ()) -> dict[str, Tensor]:
     """H = X X^T, (in, in) in float32 or float64, of every layer in `linear_layers(model, skip)`, over all of `batches`.
 
@@ -846,19 +772,14 @@ def input_correlations(model: nn.Module, batches: Iterable, skip: Iterable[str] 
     where a 2-D `attention_mask` is 0 do not count. Layers that read the same tensor share one H object. The model runs in
     eval mode and without its head. All H are held at once, on the model's device. In a torch.distributed process group each
     process gives batches of its own, and all get the sum. Raises ValueError if a layer reads nothing, NaN or inf,
-    RuntimeError if two layers read the same tensor in some calls and not in others.
-    """
+    RuntimeError if two layers read the same tensor in some calls and not in others."""
     return next(correlation_passes(model, batches, skip), {})
 
 
-def correlation_passes(
-    model: nn.Module, batches: Iterable, skip: Iterable[str] = (), memory: float = math.inf
-) -> Iterator[dict[str, Tensor]]:
+def correlation_passes(model: nn.Module, batches: Iterable, skip: Iterable = (), memory: float = math.inf) -> Iterator[dict]:
     """What `input_correlations` gives, in parts whose H take at most `memory` bytes, each from a pass over `batches`.
-
     A layer whose H does not fit in what is left is put off to the next pass, so the model must stay as it is until the last
-    one. Raises ValueError also if one H alone is larger than `memory`, or `batches` can be passed over only once.
-    """
+    one. Raises ValueError also if one H alone is larger than `memory`, or `batches` can be passed over only once."""
     layers = linear_layers(model, skip)
     while layers:
         if (H := _one_pass(model, batches, layers, memory)).keys() != layers.keys() and iter(batches) is batches:
@@ -883,13 +804,12 @@ def _tokens(x: Tensor, keep: Tensor | None) -> Tensor:
     return x.to(_at_least_float32(x))
 
 
-@contextlib.contextmanager
-def _evaluating(model: nn.Module):
-    with contextlib.ExitStack() as stack:
-        for module in model.modules():
-            stack.callback(setattr, module, "training", module.training)
-        model.eval()
-        yield stack
+def _evaluating(model: nn.Module) -> contextlib.ExitStack:
+    stack = contextlib.ExitStack()
+    for module in model.modules():
+        stack.callback(setattr, module, "training", module.training)
+    model.eval()
+    return stack
 
 
 def _reduced(H: Tensor, name: str) -> Tensor:
@@ -904,7 +824,7 @@ def _reduced(H: Tensor, name: str) -> Tensor:
 def _one_pass(model: nn.Module, batches: Iterable, layers: dict[str, nn.Module], memory: float) -> dict[str, Tensor]:
     """H of as many of the `layers` as fit in `memory`, in the order in which they are called."""
     body, device, keep = getattr(model, "base_model", model), next(model.parameters()).device, None
-    H, source, calls, put_off = {}, {}, dict.fromkeys(layers, 0), set()  # source: layer -> first reader of the same tensor
+    H, source, calls = {}, {}, dict.fromkeys(layers, 0)  # source: layer -> first reader of the same tensor
     first_reader = WeakIdKeyDictionary()  # tensor -> (layer, version of the tensor when it was read)
 
     def read(name: str, x: Tensor):
@@ -915,24 +835,22 @@ def _one_pass(model: nn.Module, batches: Iterable, layers: dict[str, nn.Module],
         calls[name] += 1
         if source.setdefault(name, reader) != reader:
             raise RuntimeError(f"{name} reads the same tensor as {source[name]} in one call, as {reader} in another")
-        if reader != name or name in put_off:
+        if reader != name:
             return
         x = _tokens(x, keep)
         if name not in H:
             need = x.shape[1] ** 2 * x.element_size()
             if sum(M.nbytes for M in H.values()) + need > memory:
-                if not H:
-                    raise ValueError(f"the H of {name} takes {need} bytes, more than the {memory:.0f} allowed")
-                put_off.add(name)
-                return
+                if H:  # put off: it will not fit in this pass any more
+                    return
+                raise ValueError(f"the H of {name} takes {need} bytes, more than the {memory:.0f} allowed")
             H[name] = x.new_zeros(x.shape[1], x.shape[1])
         with torch.autocast(x.device.type, enabled=False):
             H[name].addmm_(x.T, x)
 
     with _evaluating(model) as stack:
         for name, layer in layers.items():
-            hook = layer.register_forward_pre_hook(lambda _, args, name=name: read(name, args[0]))
-            stack.callback(hook.remove)
+            stack.enter_context(layer.register_forward_pre_hook(lambda _, args, name=name: read(name, args[0])))
         for batch in batches:
             args, kwargs, keep = _arguments(batch, device)
             body(*args, **kwargs)
@@ -953,8 +871,7 @@ def _one_after_the_other(model: nn.Module, batches: Iterable, layers: dict[str, 
     initialized so far, a layer solves min || W X - (Q + A B^T) X^ ||. That is (1) with H = X^ X^^T and W X X^^T H^-1 for W; of
     that W, its change is damped by 1% of the mean diagonal of H. A layer that is called again keeps what its first call gave.
     One forward pass over two copies of all batches: in one half of the rows the layers compute in full precision, in the other
-    as they are initialized, just before they are called.
-    """
+    as they are initialized, just before they are called."""
     device, results, known = next(model.parameters()).device, {}, WeakIdKeyDictionary()
     parts = [_arguments(batch, device) for batch in batches]
     twice = lambda xs: torch.cat([*xs, *xs]) if isinstance(xs[0], Tensor) else xs[0]  # noqa: E731
@@ -964,8 +881,7 @@ def _one_after_the_other(model: nn.Module, batches: Iterable, layers: dict[str, 
     args = [twice(xs) for xs in zip(*(args for args, _, _ in parts), strict=True)]
     kwargs = {key: twice([kwargs[key] for _, kwargs, _ in parts]) for key in parts[0][1]}
     rows = next(len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-    masked = any(keep is not None for _, _, keep in parts)
-    keep = kwargs["attention_mask"].bool().reshape(-1).chunk(2)[0] if masked else None
+    keep = kwargs["attention_mask"].bool().reshape(-1).chunk(2)[0] if any(k is not None for *_, k in parts) else None
 
     def forward(name: str, x: Tensor) -> Tensor:
         if len(x) % rows:
@@ -988,13 +904,11 @@ def _one_after_the_other(model: nn.Module, batches: Iterable, layers: dict[str, 
             layer.forward = functools.partial(forward, name)
             stack.callback(delattr, layer, "forward")
         getattr(model, "base_model", model)(*args, **kwargs)
-    for name in layers:
-        if name not in results:
-            raise ValueError(f"{name} read nothing in calibration: does the model use this layer?")
+    if missing := [name for name in layers if name not in results]:
+        raise ValueError(f"{missing[0]} read nothing in calibration: does the model use this layer?")
     return results
 
 
-@torch.no_grad()
 def apply_quailora(
     model: nn.Module, batches: Iterable | None, rank: int = 64, alpha: float = 16, bits: int = 4, steps: int = 20,
     init: str = "quailora", rslora: bool = False, skip: Iterable[str] = (), H: dict[str, Tensor] | None = None,
@@ -1005,15 +919,12 @@ def apply_quailora(
     batches: calibration data for `input_correlations`, or None where `H` holds what that function returned or `init` needs
     no data. memory: bytes that all H together may take, see `correlation_passes`. init: one of INITS. sequential: each layer
     repairs what those before it left, see `_one_after_the_other`; takes `batches` in one piece through the model, and memory
-    for that. The product starts the same for any alpha, see `split_product`. layout: block_size and double_quant, see
-    `quantize`; or group_size, for QALoRALinear instead. floor=False spares its eigenvalues, which take longer than ALS on
-    layers beyond about 2,000. progress wraps the list of names: tqdm, say.
+    for that. layout: block_size and double_quant, see `quantize`; or group_size, for QALoRALinear instead. floor=False spares
+    its eigenvalues, which take longer than ALS on layers beyond about 2,000. progress wraps the list of names: tqdm, say.
 
-    Returns a row for each layer: `name`, `shape` (out, in), the errors of `initialize` as || (W - (Q + A B^T)) X ||_F /
-    || W X ||_F, and `seconds`. None where something was not computed. Without data `calibrated` is False, and X X^T the
-    identity. Raises ValueError, with the model as it was, for options out of range, an H that does not fit, and NaN or inf in
-    a weight.
-    """
+    Returns a row for each layer: `name`, `shape` (out, in), and the `report` of `LoRALinear.from_linear`, None where something
+    was not computed. Without data `calibrated` is False, and X X^T the identity. Raises ValueError, with the model as it was,
+    for options out of range, an H that does not fit, and NaN or inf in a weight."""
     _check_options(alpha, init, steps)
     if layout.get("group_size") is not None and len(layout) > 1:
         raise ValueError(f"group_size does not go with {', '.join(sorted(layout.keys() - {'group_size'}))}")
@@ -1060,19 +971,15 @@ def apply_quailora(
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():  # a module can be registered in several places
-            if child is old:
-                setattr(parent, key, new)
+    for name, module in list(model.named_modules(remove_duplicate=False)):  # a module can be registered in several places
+        if module is old:
+            model.set_submodule(name, new)
 
 
-@torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
     """Turn every LoRALinear back into the layer it replaced, with the weight Q + scaling lora_B lora_A, in place.
-
     The result is a full-precision model again: `merge(model).save_pretrained(folder)`. Weights get the dtype that W had. Every
-    QALoRALinear is merged into its zero points instead and stays: `save_base(merge(model), folder)`.
-    """
+    QALoRALinear is merged into its zero points instead and stays: `save_base(merge(model), folder)`."""
     for lora in _lora_layers(model).values():
         if isinstance(lora, QALoRALinear):
             lora.merge()
@@ -1109,9 +1016,7 @@ def _factors(model: nn.Module) -> dict[str, Tensor]:
 
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Write the adapter to `folder` as peft does (which loads LoRA's, not QA-LoRA's), with a record of its base.
-
-    A file is complete or is not there. Raises ValueError without an adapter, OSError on a full disk. Needs safetensors.
-    """
+    A file is complete or is not there. Raises ValueError without an adapter, OSError on a full disk. Needs safetensors."""
     from safetensors.torch import save
 
     layers = _lora_layers(model)
@@ -1151,43 +1056,36 @@ def save_base(model: nn.Module, folder: str | Path) -> None:
         raise ValueError(f"{type(model).__name__} has no rounded weights to save")
     tensors = {key: x for key, x in model.state_dict().items() if key.rpartition(".")[0].removesuffix(".base") not in layers}
     for name, layer in layers.items():
-        base, key, kind = layer.base, f"{name}.weight", "nf" if layer.base.zero is None else "int"
-        state = {"quant_type": f"{kind}{base.bits}", "blocksize": base.block_size, "shape": list(base.shape),
-                 "dtype": str(base.dtype).removeprefix("torch.")}  # fmt: skip
+        base, key, dtype = layer.base, f"{name}.weight", str(layer.base.dtype).removeprefix("torch.")
+        kind = f"{'nf' if base.zero is None else 'int'}{base.bits}"
+        state = {"quant_type": kind, "blocksize": base.block_size, "shape": list(base.shape), "dtype": dtype}
         buffers = {f"{key}.{buffer}": x for buffer, x in base.named_buffers() if buffer not in ("codes", "offset")}
         tensors |= {key: base.codes, f"{key}.quant_map": base.levels(), **buffers}
         if base.nested_absmax is not None:
             state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": base.offset.item()}
             tensors[f"{key}.nested_quant_map"] = dynamic_map()
-        state = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-        tensors[f"{key}.quant_state.bitsandbytes__{kind}{base.bits}"] = state
+        tensors[f"{key}.quant_state.bitsandbytes__{kind}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
         if layer.bias is not None:
             tensors[f"{name}.bias"] = layer.bias
     if base.bits == 4 and base.zero is None:
         linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
         config.quantization_config = {
             "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": linear,
-            "bnb_4bit_compute_dtype": "float32", "bnb_4bit_use_double_quant": base.nested_absmax is not None,
-            "bnb_4bit_quant_storage": "uint8",
+            "bnb_4bit_use_double_quant": base.nested_absmax is not None,  # and transformers' defaults: float32, in uint8
         }  # fmt: skip
     try:
         model.save_pretrained(folder, state_dict={key: x.clone() for key, x in tensors.items()})
     finally:
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+        vars(config).pop("quantization_config", None)
 
 
-@torch.no_grad()
 def load_base(model: nn.Module, folder: str | Path) -> None:
     """Load what `save_base` wrote into a full-precision model (or one made from its configuration) or one of `apply_quailora`.
-
     Layers that were rounded get that base, and have the adapter that they had: none in a full-precision model. Raises
-    FileNotFoundError if there is no checkpoint, ValueError if it does not fit the model. Needs safetensors.
-    """
-    from safetensors import safe_open
+    FileNotFoundError if there is no checkpoint, ValueError if it does not fit the model. Needs safetensors."""
+    from safetensors.torch import load_file
 
-    files = [safe_open(file, "pt") for file in Path(folder).glob("*.safetensors")]
-    tensors = {key: file.get_tensor(key) for file in files for key in file.keys()}  # noqa: SIM118
+    tensors = {key: x for file in Path(folder).glob("*.safetensors") for key, x in load_file(file).items()}
     states = {key.partition(".weight.quant_state.")[0]: key for key in tensors if ".weight.quant_state." in key}
     if not states:
         raise (ValueError if tensors else FileNotFoundError)(f"{folder} holds no *.safetensors of save_base")
@@ -1221,15 +1119,12 @@ def load_base(model: nn.Module, folder: str | Path) -> None:
         p.requires_grad_(name.endswith((".lora_A", ".lora_B")))
 
 
-@torch.no_grad()
 def load_adapter(model: nn.Module, folder: str | Path, base: str | Path | None = None) -> None:
     """Load what `save_adapter` wrote into a model of `apply_quailora`, or into a full-precision one, which is quantized first.
-
     base: the folder of `save_base`, for an adapter on a base of its own.
 
     Raises ValueError, naming the difference, if the base is not the one that the adapter was made for, and if a file is
-    damaged; FileNotFoundError if it is missing. Needs safetensors.
-    """
+    damaged; FileNotFoundError if it is missing. Needs safetensors."""
     from safetensors import SafetensorError, safe_open
 
     file = Path(folder) / "adapter_config.json"
@@ -1254,11 +1149,9 @@ def load_adapter(model: nn.Module, folder: str | Path, base: str | Path | None =
         layers = linear_layers(model)
         if missing := [name for name in targets if name not in layers]:
             raise ValueError(f"the adapter has a layer {missing[0]}, which {type(model).__name__} has not")
-        layout = {"group_size" if record["groups"] else "block_size": record["block_size"] or 64}
-        apply_quailora(
-            model, None, rank, alpha, record["bits"], init="qlora", rslora=rslora, skip=set(layers) - set(targets), floor=False,
-            **layout, **({} if record["groups"] else {"double_quant": record["double_quant"]}),
-        )  # fmt: skip
+        size, skip = record["block_size"] or 64, set(layers) - set(targets)
+        layout = {"group_size": size} if record["groups"] else {"block_size": size, "double_quant": record["double_quant"]}
+        apply_quailora(model, None, rank, alpha, record["bits"], init="qlora", rslora=rslora, skip=skip, floor=False, **layout)
     ours = _base_record(model)
     for key in theirs:
         if not math.isclose(ours[key], theirs[key], rel_tol=1e-4):
