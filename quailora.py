@@ -285,8 +285,8 @@ def _symmetric(R: Tensor, left: Callable, right: Callable) -> Tensor:
 
 def _thin_qr(E: Tensor) -> tuple[Callable, Tensor]:
     """R, (n, n) in float64, of E = P R with orthonormal columns P, (m, n), m >= n, and the function A -> P A.
-    By the Cholesky factor of E^T E where P^T P is then I to 4 digits (float32) or 9 (float64): half of that is as exact as the
-    optimum, and less exact than the error that it leaves."""
+    By the Cholesky factor R of E^T E, in a third of the time, where that leaves P^T P within some 3e-5 (E in float32) or 1e-9
+    of I: the error (1) has a minimum there, so it changes by the square of that."""
     for dtype in dict.fromkeys((E.dtype, torch.float64)):
         cast = functools.partial(Tensor.to, dtype=dtype)
         gram, of = _symmetric(E.T, cast, cast), torch.finfo(dtype)
@@ -512,7 +512,7 @@ def residual_metric(H: Tensor, B: Tensor | None = None, damping: float = 0.03) -
         M = H - HB @ torch.linalg.pinv(B.T @ HB, hermitian=True) @ HB.T
     least = 1e-9 * H.diagonal().mean()
     shift = damping * M.diagonal().mean().clamp(min=0) + (least if least > 0 else 1)
-    while torch.linalg.cholesky_ex(M + torch.diag(shift.expand(len(M)))).info:
+    while torch.linalg.cholesky_ex(M + torch.diag(shift.expand(len(M)))).info and shift.isfinite():
         shift = 10 * shift
     return M + torch.diag(shift.expand(len(M)))
 
