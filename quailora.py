@@ -429,8 +429,8 @@ class _Problem:
             A, step = _orthonormal(Y), step + 1  # (5) A = E H B (B^T H B)^-1, in another basis
             if step == 2 < steps and not every_half_step and self.H is not None and self.H.dtype == torch.float32:
                 G, A = self.G.div(self.G.norm()).float(), A.float()
-                for _ in range(steps - step):
-                    A = _orthonormal(G @ A)
+                for last in range(step, steps):  # every other basis will do: the span is the same
+                    A = _orthonormal(G @ A) if last % 2 else G @ A
                 A, step = _orthonormal(A.double()), steps
         errors[-1] = self.error(most)  # of the A returned
         return best, errors if every_half_step else [errors[0], errors[-1]]
