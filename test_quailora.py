@@ -1197,21 +1197,40 @@ def test_sequential_repairs_in_a_layer_what_the_layers_before_it_left():
 
 
 @pytest.mark.parametrize("family", TEXT_MODELS)
-def test_sequential_takes_any_family_and_padding_does_not_count(family):
+def test_sequential_takes_any_family_and_comes_nearer_to_its_outputs(family):
     batches = token_batches(padded=False)
-    padded = [{key: F.pad(x, (0, 7)) for key, x in batch.items()} for batch in batches]
     with torch.no_grad():
         full, distance = [tiny(family)(**batch).logits for batch in batches], {}
-        for data, sequential in ((batches, False), (batches, True), (padded, True)):
+        for sequential in (False, True):
             model = tiny(family)
             # not "joint", nor 2 bits: there the last digits of W turn codes, which is percents of the distance
-            rows = apply_quailora(model.train(), data, rank=4, bits=3, sequential=sequential)
+            rows = apply_quailora(model.train(), batches, rank=4, bits=3, sequential=sequential)
             assert len(rows) == 2 * LAYERS_PER_BLOCK[family] and all(row["calibrated"] for row in rows)
             assert all(module.training for module in model.modules())
             logits = [model.eval()(**batch).logits for batch in batches]
-            distance[data is padded, sequential] = sum((a - b).square().sum().item() for a, b in zip(logits, full, strict=True))
-    assert distance[False, True] < distance[False, False]
-    assert distance[True, True] == pytest.approx(distance[False, True], rel=0.02), "7 of 27 positions"
+            distance[sequential] = sum((a - b).square().sum().item() for a, b in zip(logits, full, strict=True))
+    assert distance[True] < distance[False]
+
+
+@pytest.mark.parametrize("family", TEXT_MODELS)
+def test_padding_does_not_count_in_what_sequential_starts_from(family):
+    def found(batches):
+        model, given = tiny(family), {}
+        layers = quailora.linear_layers(model)
+
+        def start(name, H, W):
+            given[name], layer = (H, W), layers[name]
+            return lambda x: type(layer).forward(layer, 0.9 * x)  # something else than full precision, without codes to turn
+
+        quailora._one_after_the_other(model, batches, layers, start)
+        return given
+
+    batches = token_batches(padded=False)
+    plain, padded = found(batches), found([{key: F.pad(x, (0, 7)) for key, x in batch.items()} for batch in batches])
+    assert len(plain) == 2 * LAYERS_PER_BLOCK[family]
+    for name, expected in plain.items():
+        for M, other in zip(expected, padded[name], strict=True):
+            assert torch.allclose(other, M, atol=1e-4 * float(M.abs().max())), name
 
 
 @pytest.mark.parametrize("init", ["quailora", "svd", "exact"])
