@@ -259,9 +259,11 @@ def quantize(
     codes, offset, nested_absmax = _pack(codes, bits)[:, None], None, None
     if double_quant:
         offset = absmax.mean()
-        scales, (absmax, nested_absmax) = absmax - offset, _round_blocks(absmax - offset, dynamic_map(), 256)
         if theirs:
-            absmax, _ = bitsandbytes.functional.quantize_blockwise(scales, blocksize=256)
+            absmax, state = bitsandbytes.functional.quantize_blockwise(absmax - offset, blocksize=256)
+            nested_absmax = state.absmax
+        else:
+            absmax, nested_absmax = _round_blocks(absmax - offset, dynamic_map(), 256)
     return QuantizedWeight(W.shape, W.dtype, bits, block_size, codes, absmax, nested_absmax, offset)
 
 
@@ -429,8 +431,8 @@ class _Problem:
             A, step = _orthonormal(Y), step + 1  # (5) A = E H B (B^T H B)^-1, in another basis
             if step == 2 < steps and not every_half_step and self.H is not None and self.H.dtype == torch.float32:
                 G, A = self.G.div(self.G.norm()).float(), A.float()
-                for last in range(step, steps):  # every other basis will do: the span is the same
-                    A = _orthonormal(G @ A) if last % 2 else G @ A
+                for i in range(step, steps):  # every other basis will do: the span is the same
+                    A = _orthonormal(G @ A) if i % 2 else G @ A
                 A, step = _orthonormal(A.double()), steps
         errors[-1] = self.error(most)  # of the A returned
         return best, errors if every_half_step else [errors[0], errors[-1]]
@@ -512,9 +514,9 @@ def residual_metric(H: Tensor, B: Tensor | None = None, damping: float = 0.03) -
         M = H - HB @ torch.linalg.pinv(B.T @ HB, hermitian=True) @ HB.T
     least = 1e-9 * H.diagonal().mean()
     shift = damping * M.diagonal().mean().clamp(min=0) + (least if least > 0 else 1)
-    while torch.linalg.cholesky_ex(M + torch.diag(shift.expand(len(M)))).info and shift.isfinite():
+    while torch.linalg.cholesky_ex(damped := M + torch.diag(shift.expand(len(M)))).info and shift.isfinite():
         shift = 10 * shift
-    return M + torch.diag(shift.expand(len(M)))
+    return damped
 
 
 @_exactly

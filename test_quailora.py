@@ -462,9 +462,7 @@ def test_calibrated_rounding_takes_an_H_that_its_rounding_to_float32_made_indefi
 @pytest.mark.parametrize("case", ["random", "chain", "growing"])
 def test_the_thin_qr_is_one_also_where_a_cholesky_factor_does_not_show_how_near_to_dependent_the_columns_are(case, dtype):
     generator = torch.Generator().manual_seed(0)
-    R = torch.eye(
-        24, dtype=torch.float64
-    )  # the diagonal of R beside its columns is far from zero, its least singular value not
+    R = torch.eye(24, dtype=torch.float64)  # its diagonal is far from zero beside its columns, its least singular value is not
     if case == "chain":
         R = 0.31 * R + 0.95 * torch.diag(torch.ones(23).double(), 1)
     elif case == "growing":
