@@ -688,14 +688,12 @@ def compare(args: argparse.Namespace) -> list[dict]:
     for name, method in methods.items() if args.ranks else ():
         if method["bits"] == args.bits:
             zero = method["init"] in ("qlora", "peft")  # at step 0 no adapter, so one rank is as another
-            by_rank[f"{name}, step 0"] = {
-                rank: result(**method, seed=0, **({} if zero else {"rank": rank, "steps": 0}))["perplexity"][0][1]
-                for rank in args.ranks
-            }
-            tuned = {args.ranks[0], args.ranks[len(args.ranks) // 2], args.ranks[-1]} if args.steps else ()
-            for rank in sorted(tuned):
-                end = result(**method, seed=0, rank=rank)["perplexity"][-1][1]
-                by_rank.setdefault(f"{name}, step {args.steps}", {})[rank] = end
+            for rank in args.ranks:
+                tuned = rank in (args.ranks[0], args.ranks[len(args.ranks) // 2], args.ranks[-1], args.rank)
+                changes = {} if zero and not tuned else {"rank": rank, "steps": args.steps if tuned else 0}
+                curve = result(**method, seed=0, **changes)["perplexity"]
+                for step, value in [curve[0], curve[-1]] if tuned else curve[:1]:
+                    by_rank.setdefault(f"{name}, step {step}", {})[rank] = value
     if args.ranks:
         lines += ["\n### By rank\n", f"| | {' | '.join(map(str, args.ranks))} |", "|---" * (len(args.ranks) + 1) + "|"]
     for title, values in by_rank.items():
