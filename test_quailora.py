@@ -1789,7 +1789,7 @@ def test_compare_runs_every_method_on_the_same_terms_and_goes_on_where_it_was(tm
     out, calibrations = tmp_path / "out", []
     arguments = ["--model", str(tmp_path / "llama"), *TINY_RUN, "--compare", "--out", str(out), "--resume"]
     (tmp_path / "other.txt").write_text("Another set, of other words. " * 100)
-    arguments += ["--sweep", "1e-3", "1e-2", "--ranks", "4", "8", "--calibrations", str(tmp_path / "other.txt")]
+    arguments += ["--sweep", "1e-3", "1e-2", "--ranks", "2", "4", "6", "8", "--calibrations", str(tmp_path / "other.txt")]
     correlate = quailora.input_correlations
     monkeypatch.setattr(quailora, "input_correlations", lambda *a: calibrations.append(1) or correlate(*a))
     run, ran, draws = train.run, [], set()
@@ -1816,7 +1816,7 @@ def test_compare_runs_every_method_on_the_same_terms_and_goes_on_where_it_was(tm
     train.main(arguments)
     assert len(draws) == 1, "QLoRA's lora_A is the same in 4, 8 and 16 bits, whatever was evaluated or shared before"
     runs = json.loads((out / "results.json").read_text())["runs"]
-    assert len(calibrations) == 2 and len(ran) == len(runs) - 5 == 2 + 7 + 1 + 6 + 5  # methods, sweep, calibration, ranks
+    assert len(calibrations) == 2 and len(ran) == len(runs) - 5 == 2 + 7 + 1 + 5 * 2 + 3  # methods, sweep, calibration, ranks
     assert len({run["full_precision_perplexity"] for run in runs}) == 1
     methods = train.compared(train.parse_args(arguments))
     of = {name: [r for r in runs if kind.items() <= r["settings"].items()] for name, kind in methods.items()}
@@ -1833,7 +1833,8 @@ def test_compare_runs_every_method_on_the_same_terms_and_goes_on_where_it_was(tm
     assert [row[0] for row in table[1:8]] == list(methods) and all(", at 0.01" in row[0] for row in table[9:16])
     assert table[17][1] == table[5][1] != table[18][1], "calibrated on the same and on another set"
     assert [row[0].rpartition(", step ")[0] for row in table[-10:]] == [name for name in list(methods)[:5] for _ in "03"]
-    assert table[-2][1] != table[-2][2] == table[5][1] != table[-10][2] == table[1][1], "QuAILoRA's start depends on the rank"
+    assert table[-2][1] != table[-2][4] == table[5][1] != table[-10][4] == table[1][1], "QuAILoRA's start depends on the rank"
+    assert len(set(table[-2])) == 5 and [cell == "" for cell in table[-1][1:]] == [False, True, False, False], "not fine-tuned"
     assert table[5][4] == f"{of['QuAILoRA, 4 bits'][0]['perplexity'][-1][1]:.3f}"
     assert all((out / figure).stat().st_size > 10_000 for figure in ("perplexity.png", "layers.png", "rank.png"))
     ran.clear()
