@@ -293,12 +293,12 @@ def _thin_qr(E: Tensor) -> tuple[Callable, Tensor]:
         cast = functools.partial(Tensor.to, dtype=dtype)
         gram, of = _symmetric(E.T, cast, cast), torch.finfo(dtype)
         (R, failed), size = torch.linalg.cholesky_ex(gram, upper=True), gram.diagonal()[:, None]
+        solve = functools.partial(torch.linalg.solve_triangular, R, upper=True)
         x = torch.ones_like(size)
         x[1::2] = -1
         for _ in range(4):  # power iteration: |x| becomes 1 / sigma^2, sigma the least singular value of E with unit columns
-            x = size.sqrt() * torch.cholesky_solve(size.sqrt() * x / x.norm(), R, upper=True)
+            x = size.sqrt() * solve(torch.linalg.solve_triangular(R.T, size.sqrt() * x / x.norm(), upper=False))
         if not failed and (size > of.tiny / of.eps).all() and x.norm() * of.eps < (1e-9 if of.bits == 64 else 3e-5):
-            solve = functools.partial(torch.linalg.solve_triangular, R, upper=True)
             return lambda A, to=dtype, solve=solve: torch.cat([b.to(to) @ solve(A).to(to) for b in E.split(4096)]).double(), R
     P, R = torch.linalg.qr(E.double())
     return lambda A: P @ A, R
@@ -313,20 +313,26 @@ def _orthonormal(A: Tensor) -> Tensor:
     return V if good else torch.linalg.qr(A.double())[0].to(A.dtype)
 
 
+def _largest(M: Tensor) -> float:
+    """The largest magnitude in M, and no less than what numbers can be divided by."""
+    low, high = M.aminmax()  # in one pass, without a copy
+    return max(-float(low), float(high), 16 * torch.finfo(M.dtype).tiny)
+
+
 def _sandwich(R: Tensor, H: Tensor | None) -> Tensor:
     """R H R^T in float64, (k, k), by products in float32 where H is in float32. None stands for the identity.
     An input feature 1,000 times the others, as language models have, has 10^6 times their share: in float32 nothing would be
     left of the others' digits. So products with features of 10 times the median size are apart, in float64."""
     if H is None:
         return _symmetric(R, Tensor.double, Tensor.double)
-    large = (size := H.diagonal()) > 100 * H.diagonal().median()
-    if H.dtype == torch.float64 or large.sum() > len(size) / 8:
+    large = ((size := H.diagonal()) > 100 * H.diagonal().median()).nonzero()[:, 0]
+    if H.dtype == torch.float64 or len(large) > len(size) / 8:
         H = H.double()
         return _symmetric(R, lambda rows: rows.double() @ H, Tensor.double)
-    r, h = float(torch.linalg.vector_norm(R, math.inf)) or 1.0, math.sqrt(float(size[~large].max()) or 1.0)
+    r, h = _largest(R), math.sqrt(float(size.index_fill(0, large, 0).max()) or 1.0)
 
     def rest(rows):  # without large features, in units in which the products stay within the range of float32
-        return (rows / r).div_(h).float().masked_fill_(large, 0)
+        return (rows / r).div_(h).float().index_fill_(1, large, 0)
 
     G = _symmetric(R, lambda rows: rest(rows) @ H, rest)
     T = torch.cat([rest(rows) @ H[:, large] for rows in R.split(512)]).double()  # (k, number of large features)
@@ -386,7 +392,7 @@ class _Problem:
 
     def factors(self, A: Tensor) -> tuple[Tensor, Tensor]:
         """A (out, r) and B (in, r) from an orthonormal A (k, r), in the SVD-balanced form A = U sqrt(S), B = V sqrt(S)."""
-        B = sum(R.double().T @ part for R, part in zip(self.R.split(1024), A.split(1024), strict=True))  # (6), by parts
+        B = sum(part.T @ R.double() for R, part in zip(self.R.split(1024), A.split(1024), strict=True)).T  # (6), by parts
         U = torch.linalg.eigh(B.T @ B).eigenvectors.flip(1)  # A B^T = (A U) (B U)^T, and B U = V S
         A, B = self.lift(A) @ U, (B @ U).repeat_interleave(self.group_size, 0)  # P^T B; not V S: a row as exact as E's column
         root = B.norm(dim=0).sqrt()
@@ -399,11 +405,11 @@ class _Problem:
         if len(self.R) <= 256:
             R = self.R.double()
             return torch.linalg.eigh(R @ R.T).eigenvectors.flip(1)[:, : self.rank]  # R R^T = U S^2 U^T
-        R = (self.R / (torch.linalg.vector_norm(self.R, math.inf) or 1.0)).to(self.dtype)
-        A = R @ torch.randn(R.shape[1], self.rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(R)
+        R, size = self.R.to(self.dtype), _largest(self.R)
+        A = torch.randn(R.shape[1], self.rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(R)
         for _ in range(2):
-            A = R @ (R.T @ _orthonormal(A))
-        return _orthonormal(A.double())
+            A = R.T @ (_orthonormal(R @ (A / size)) / size)
+        return _orthonormal((R @ (A / size)).double())
 
     def als(self, steps: int, every_half_step: bool = False) -> tuple[Tensor, list[float]]:
         """`steps` rounds of (5) and (6): an orthonormal A (k, r), the last iterate or a better one before it, and the errors at
@@ -430,7 +436,8 @@ class _Problem:
                 errors.append(self.error(float(((Y @ V[:, keep]).square().sum(0) / lam[keep]).sum())))
             A, step = _orthonormal(Y), step + 1  # (5) A = E H B (B^T H B)^-1, in another basis
             if step == 2 < steps and not every_half_step and self.H is not None and self.H.dtype == torch.float32:
-                G, A = self.G.div(self.G.norm()).float(), A.float()
+                size = self.G.norm()
+                G, A = torch.cat([(rows / size).float() for rows in self.G.split(1024)]), A.float()
                 for i in range(step, steps):  # every other basis will do: the span is the same
                     A = _orthonormal(G @ A) if i % 2 else G @ A
                 A, step = _orthonormal(A.double()), steps
@@ -674,8 +681,8 @@ class LoRALinear(nn.Module):
         layer = cls(base, *factors, alpha, rslora, linear.bias)
         base.dtype, layer.own_base = weight.dtype, bits < 16 and not nearest
         h = 1.0 if H is None else float(H.diagonal().max()) or 1.0  # W / h times H stays within float32
-        W = W.to(_at_least_float32(W))
-        norm = h / 2 * float((W.clone() if H is None else (W / h) @ H.to(W.dtype)).mul_(W).sum(dtype=torch.float64))
+        parts = W.to(_at_least_float32(W)).split(1024)
+        norm = h / 2 * sum(float((w if H is None else (w / h) @ H.to(w)).mul(w).sum(dtype=torch.float64)) for w in parts)
         relative = lambda error: error and (math.sqrt(error / norm) if norm > 0 else 0.0)  # noqa: E731
         layer.report = {key: value if key == "seconds" else relative(value) for key, value in report.items()}
         layer.init, layer.kind = init, type(linear)
