@@ -533,13 +533,9 @@ def round_calibrated(W: Tensor, base: QuantizedWeight, M: Tensor, descent: bool 
     they are, and those after it free to make up for it (the feedback of GPTQ, arXiv 2210.17323). With `descent` from the codes
     of `base` on, those of all others as they are: then that sum never rises. In blocks of 32 inputs, so that most of the work
     is a product of matrices."""
-    if descent:
-        K = M / M.diagonal()[:, None]  # (in, in): -K_j E, with the diagonal 0, is the best error in the weights of input j
-    else:  # e M e^T = sum_j d_j (e_j + sum_{i<j} e_i U_ij)^2, with M = U diag(d) U^T, U unit upper triangular
-        R = torch.linalg.cholesky(M.flip(0, 1)).flip(0, 1)
-        K = (R / R.diagonal()).T
-    K.diagonal().zero_()
-    K = K.to(W.dtype)
+    # e M e^T = sum_j d_j (e_j + sum_{i<j} e_i U_ij)^2, with M = R R^T = U diag(d) U^T, U unit upper triangular
+    K = M if descent else torch.linalg.cholesky(M.flip(0, 1)).flip(0, 1).T
+    K = (K / K.diagonal()[:, None]).fill_diagonal_(0).to(W.dtype)  # (in, in): -K_j E is the best error in input j
     E, levels, scale = W - base.dequantize(W.dtype), base.levels(), base.of_each(base.scales()).to(W.dtype)
     W = W if base.zero is None else W + base.of_each(base.zero).to(W.dtype) * scale
     W, E, scale = (x.T.clone(memory_format=torch.contiguous_format) for x in (W, E, scale))  # (in, out), W near level * scale
