@@ -164,10 +164,8 @@ class QuantizedWeight(nn.Module):
         known = self.bits == 4 and self.zero is None and self.block_size in BITSANDBYTES_BLOCK_SIZES
         if not (bitsandbytes and known) or self.shape.numel() % 2 or dtype == torch.float64:
             return None
-        QuantState, nested = bitsandbytes.functional.QuantState, None
-        if self.nested_absmax is not None:
-            levels = dynamic_map(self.codes.device)
-            nested = QuantState(self.nested_absmax, code=levels, blocksize=256, dtype=torch.float32)
+        QuantState, scales = bitsandbytes.functional.QuantState, dynamic_map(self.codes.device)
+        nested = None if self.offset is None else QuantState(self.nested_absmax, None, scales, 256, dtype=torch.float32)
         return QuantState(self.absmax, shape, None, self.block_size, "nf4", dtype, self.offset, nested)
 
     def forward(self, x: Tensor) -> Tensor:
