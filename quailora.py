@@ -549,8 +549,7 @@ def round_calibrated(W: Tensor, base: QuantizedWeight, M: Tensor, descent: bool 
             E[j] = e
     int8, codes = base.codes.dtype == torch.int8, codes.T.contiguous()
     codes = (codes.int() - 127).to(torch.int8) if int8 else _pack(codes.view(-1), base.bits)[:, None]
-    buffers = (base.absmax, base.nested_absmax, base.offset, base.zero)
-    return QuantizedWeight(base.shape, base.dtype, base.bits, base.block_size, codes, *buffers)
+    return QuantizedWeight(base.shape, base.dtype, base.bits, base.block_size, **dict(base.named_buffers()) | {"codes": codes})
 
 
 @_exactly
