@@ -826,17 +826,12 @@ def _reduced(H: Tensor, name: str) -> Tensor:
 def _one_pass(model: nn.Module, batches: Iterable, layers: dict[str, nn.Module], memory: float) -> dict[str, Tensor]:
     """H of as many of the `layers` as fit in `memory`, in the order in which they are called."""
     body, device, keep = getattr(model, "base_model", model), next(model.parameters()).device, None
-    H, source, calls = {}, {}, dict.fromkeys(layers, 0)  # source: layer -> first reader of the same tensor
-    first_reader = WeakIdKeyDictionary()  # tensor -> (layer, version of the tensor when it was read)
+    H, readers = {}, {name: [] for name in layers}  # layer -> for each of its calls, the first reader of the same tensor
+    first_reader = WeakIdKeyDictionary()  # tensor -> its version, which a write to it changes -> layer
 
     def read(name: str, x: Tensor):
-        version = 0 if x.is_inference() else x._version
-        if first_reader.get(x, (None, None))[1] != version:  # new, or written to since
-            first_reader[x] = name, version
-        reader, _ = first_reader[x]
-        calls[name] += 1
-        if source.setdefault(name, reader) != reader:
-            raise RuntimeError(f"{name} reads the same tensor as {source[name]} in one call, as {reader} in another")
+        reader = first_reader.setdefault(x, {}).setdefault(0 if x.is_inference() else x._version, name)
+        readers[name].append(reader)
         if reader != name:
             return
         x = _tokens(x, keep)
@@ -856,13 +851,13 @@ def _one_pass(model: nn.Module, batches: Iterable, layers: dict[str, nn.Module],
         for batch in batches:
             args, kwargs, keep = _arguments(batch, device)
             body(*args, **kwargs)
-    for name in layers:
-        if not calls[name]:
+    for name, found in readers.items():
+        if not found:
             raise ValueError(f"{name} read nothing in calibration: is there a batch, and does the model use this layer?")
-        if calls[name] != calls[source[name]]:
-            raise RuntimeError(f"{name} reads the same tensor as {source[name]}, but not as often")
+        if found != found[:1] * len(readers[found[0]]):
+            raise RuntimeError(f"{name} reads the same tensor as {found[0]} in some calls, and not in others")
     H = {name: _reduced(H[name], name) for name in layers if name in H}  # in the same order in every process
-    return {name: H[source[name]] for name in layers if source[name] in H}
+    return {name: H[found[0]] for name, found in readers.items() if found[0] in H}
 
 
 @torch.no_grad()
