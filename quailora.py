@@ -870,15 +870,12 @@ def _one_after_the_other(model: nn.Module, batches: Iterable, layers: dict[str, 
     One forward pass over two copies of all batches: in one half of the rows the layers compute in full precision, in the other
     as they are initialized, just before they are called."""
     device, results, known = next(model.parameters()).device, {}, WeakIdKeyDictionary()
-    parts = [_arguments(batch, device) for batch in batches]
-    twice = lambda xs: torch.cat([*xs, *xs]) if isinstance(xs[0], Tensor) else xs[0]  # noqa: E731
-    kinds = {(*named, *(x.shape[1:] for x in (*xs, *named.values()) if isinstance(x, Tensor))) for xs, named, _ in parts}
-    if len(kinds) != 1:
+    parts = [kwargs or dict(enumerate(args)) for args, kwargs, _ in (_arguments(batch, device) for batch in batches)]
+    if len({tuple((key, getattr(x, "shape", ())[1:]) for key, x in part.items()) for part in parts}) != 1:
         raise ValueError("sequential=True needs batches of the same keys, with sequences of one length")
-    args = [twice(xs) for xs in zip(*(args for args, _, _ in parts), strict=True)]
-    kwargs = {key: twice([kwargs[key] for _, kwargs, _ in parts]) for key in parts[0][1]}
-    rows = next(len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-    keep = kwargs["attention_mask"].bool().reshape(-1).chunk(2)[0] if any(k is not None for *_, k in parts) else None
+    whole = {key: torch.cat([part[key] for part in parts] * 2) if isinstance(x, Tensor) else x for key, x in parts[0].items()}
+    rows = next(len(x) for x in whole.values() if isinstance(x, Tensor))
+    args, kwargs, keep = _arguments(tuple(whole.values()) if 0 in whole else whole, device)
 
     def forward(name: str, x: Tensor) -> Tensor:
         if len(x) % rows:
@@ -886,7 +883,7 @@ def _one_after_the_other(model: nn.Module, batches: Iterable, layers: dict[str, 
         layer, (full, ours), version = layers[name], x.chunk(2), 0 if x.is_inference() else x._version
         if name not in results:
             if known.get(x, (None,))[0] != version:
-                X, Y = _tokens(full, keep), _tokens(ours, keep)
+                X, Y = _tokens(x, keep).chunk(2)
                 with torch.autocast(x.device.type, enabled=False):
                     H, C = (_reduced(half.T @ Y, name).double() for half in (Y, X))
                 damped = H + torch.diag((0.01 * H.diagonal().mean()).clamp(min=1e-30).expand(len(H)))
