@@ -958,7 +958,7 @@ def apply_quailora(
                 done, lora = waiting.popitem()
                 _replace(model, layers.pop(done), lora)
     for name, lora in waiting.items():
-        _replace(model, layers[name], lora.train(layers[name].training))
+        _replace(model, layers[name], lora)
     for name, p in model.named_parameters():
         p.requires_grad_(name.endswith((".lora_A", ".lora_B")))
     return [rows[name] for name in order]
@@ -967,7 +967,7 @@ def apply_quailora(
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     for name, module in list(model.named_modules(remove_duplicate=False)):  # a module can be registered in several places
         if module is old:
-            model.set_submodule(name, new)
+            model.set_submodule(name, new.train(old.training))
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -984,7 +984,7 @@ def merge(model: nn.Module) -> nn.Module:
         else:
             linear, weight = lora.kind(lora.out_features, lora.in_features), weight.T.contiguous()
         linear.weight, linear.bias = nn.Parameter(weight), lora.bias
-        _replace(model, lora, linear.train(lora.training))
+        _replace(model, lora, linear)
     return model
 
 
@@ -1107,7 +1107,6 @@ def load_base(model: nn.Module, folder: str | Path) -> None:
             kind = LoRALinear if base.zero is None else QALoRALinear
             _replace(model, layer, rounded := kind(base.to(layer.weight.device), None, None, 1.0, bias=layer.bias))
             rounded.kind, rounded.own_base = type(layer), True
-            rounded.train(layer.training)
     model.load_state_dict(rest, strict=False)
     for name, p in model.named_parameters():
         p.requires_grad_(name.endswith((".lora_A", ".lora_B")))
