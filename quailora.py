@@ -648,6 +648,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base: QuantizedWeight, lora_A: Tensor, lora_B: Tensor, alpha: float, rslora: bool = False, bias=None):
         super().__init__()
         (self.out_features, self.in_features), self.base = base.shape, base
+        self.group_size = 1 if base.zero is None else base.block_size  # how many inputs the adapter reads as their sum
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.set_adapter(lora_A, lora_B, alpha, rslora)
 
@@ -691,11 +692,6 @@ class LoRALinear(nn.Module):
             x = x if self.group_size == 1 else x.unflatten(-1, (-1, self.group_size)).sum(-1)  # P x
             out = out + F.linear(F.linear(x, self.lora_A) * self.scaling, self.lora_B).to(out.dtype)
         return out if self.bias is None else out + self.bias.to(out.dtype)
-
-    @property
-    def group_size(self) -> int:
-        """How many inputs the adapter reads as their sum."""
-        return 1 if self.base.zero is None else self.base.block_size
 
     @_exactly
     def merged_weight(self) -> Tensor:
