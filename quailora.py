@@ -628,10 +628,6 @@ def _check_options(alpha: float, init: str, steps: int) -> None:
         raise ValueError(f"steps must not be negative, got {steps}")
 
 
-def _scaling(alpha: float, rank: int, rslora: bool) -> float:
-    return alpha / (math.sqrt(rank) if rslora else rank)
-
-
 def _weight(linear: nn.Module) -> Tensor:
     """The weight as (out, in): GPT-2's Conv1D holds it transposed."""
     return linear.weight.detach().T if type(linear).__name__ == "Conv1D" else linear.weight.detach()
@@ -653,10 +649,10 @@ class LoRALinear(nn.Module):
         self.set_adapter(lora_A, lora_B, alpha, rslora)
 
     def set_adapter(self, lora_A: Tensor | None, lora_B: Tensor | None, alpha: float, rslora: bool = False) -> None:
-        """None for no adapter: x -> Q x."""
+        """None for no adapter: x -> Q x. A factor that is a Parameter already stays that one."""
         self.rank, self.alpha, self.rslora = 0 if lora_A is None else len(lora_A), alpha, rslora
-        self.scaling = _scaling(alpha, max(self.rank, 1), rslora)
-        self.lora_A, self.lora_B = (M if M is None else nn.Parameter(M) for M in (lora_A, lora_B))
+        self.scaling = alpha / max(1, math.sqrt(self.rank) if rslora else self.rank)
+        self.lora_A, self.lora_B = (M if isinstance(M, nn.Parameter | None) else nn.Parameter(M) for M in (lora_A, lora_B))
 
     @classmethod
     @_exactly
@@ -671,8 +667,8 @@ class LoRALinear(nn.Module):
         weight, nearest = _weight(linear), W is None and INITS[init][::2] == ("nearest", 1)
         W = weight if W is None else W
         base, A, B, report = initialize(W, H, rank, init, steps, bits, floor, **layout)
-        factors = split_product(A, B[:: layout.get("group_size", 1)], _scaling(alpha, rank, rslora))
-        layer = cls(base, *factors, alpha, rslora, linear.bias)
+        layer = cls(base, B.T, A, alpha, rslora, linear.bias)  # for its scaling
+        layer.set_adapter(*split_product(A, B[:: layer.group_size], layer.scaling), alpha, rslora)
         base.dtype, layer.own_base = weight.dtype, bits < 16 and not nearest
         h = 1.0 if H is None else float(H.diagonal().max()) or 1.0  # W / h times H stays within float32
         parts = W.to(_at_least_float32(W)).split(1024)
@@ -1158,7 +1154,7 @@ def load_adapter(model: nn.Module, folder: str | Path, base: str | Path | None =
             raise ValueError(f"{name} is {found} in the adapter and {expected} in the model")
     model.load_state_dict(factors, strict=False)
     for layer in _lora_layers(model).values():
-        layer.alpha, layer.rslora, layer.scaling = alpha, rslora, _scaling(alpha, layer.rank, rslora)
+        layer.set_adapter(layer.lora_A, layer.lora_B, alpha, rslora)
         layer.init, layer.own_base = record["init"], record["own_base"]
 
 
