@@ -917,14 +917,9 @@ def apply_quailora(
     group_size, skip = layout.get("group_size"), [skip] if isinstance(skip, str) else list(skip)
     layers, kind = checked_layers(model, rank, skip, group_size), LoRALinear if group_size is None else QALoRALinear
     quantize(torch.zeros(1, group_size or 2), bits, **layout)  # raises for its options
-    rows, waiting, order, passes = {}, {}, list(layers), [dict.fromkeys(layers)]
-
-    def start(name: str, H: Tensor | None, W: Tensor | None = None) -> LoRALinear:
-        options = dict(alpha=alpha, bits=bits, steps=steps, init=init, rslora=rslora, floor=floor, W=W)
-        lora = kind.from_linear(layers[name], H, rank, **options, **layout)
-        rows[name] = {"name": name, "shape": list(lora.base.shape), "calibrated": H is not None, **lora.report}
-        return lora
-
+    done, order, passes, calibrated = {}, list(layers), [dict.fromkeys(layers)], not (batches is None and H is None)
+    options = dict(rank=rank, alpha=alpha, bits=bits, steps=steps, init=init, rslora=rslora, floor=floor, **layout)
+    start = lambda name, H, W=None: kind.from_linear(layers[name], H, W=W, **options)  # noqa: E731
     if sequential and (batches is None or H is not None or not needs_data(init)):
         raise ValueError(f"sequential=True needs batches, no H, and a method that uses them, not {init!r}")
     if H is not None:
@@ -935,7 +930,7 @@ def apply_quailora(
             _check(_weight(layer), H[name], name=name)
     elif sequential:
         bar = iter(progress(order))
-        waiting, passes = _one_after_the_other(model, batches, layers, lambda *args: (next(bar, None), start(*args))[1]), []
+        done, passes = _one_after_the_other(model, batches, layers, lambda *args: (next(bar, None), start(*args))[1]), []
         next(bar, None)
     elif batches is not None:
         passes = correlation_passes(model, batches, skip, memory)
@@ -943,17 +938,16 @@ def apply_quailora(
         raise ValueError(f"init {init!r} needs calibration data: batches or H")
     for H in passes:
         names = [name for name in layers if name in H]
-        last = len(rows) + len(names) == len(order)  # until then, calibration needs the full-precision model
+        last = len(done) + len(names) == len(order)  # until then, calibration needs the full-precision model
         for name in progress(names):
-            waiting[name] = start(name, H.pop(name))
-            while last and waiting:
-                done, lora = waiting.popitem()
-                _replace(model, layers.pop(done), lora)
-    for name, lora in waiting.items():
-        _replace(model, layers[name], lora)
+            done[name] = start(name, H.pop(name))
+            for ready in done.keys() & layers.keys() if last else ():
+                _replace(model, layers.pop(ready), done[ready])
+    for name, layer in layers.items():
+        _replace(model, layer, done[name])
     for name, p in model.named_parameters():
         p.requires_grad_(name.endswith((".lora_A", ".lora_B")))
-    return [rows[name] for name in order]
+    return [{"name": name, "shape": [*done[name].base.shape], "calibrated": calibrated, **done[name].report} for name in order]
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
