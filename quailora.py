@@ -566,35 +566,34 @@ def initialize(
     too; raises ValueError as these. Returns the calibrated errors (1) as well: of the nearest Q without A B^T (`quantized`), at
     the start (`svd`) and the end (`als`) of its ALS, of the result (`initialized`), with floor=True the least for its Q
     (`floor`), and the `seconds` taken, without those for errors that no step needs."""
-    (rounding, solver, rounds), began = INITS[init], time.perf_counter()
-    dtype, seen, low, group = _at_least_float32(W), H if needs_data(init) else None, W.dtype, layout.get("group_size") or 1
-    plain, W = quantize(W, bits, **layout), W.to(dtype)
-    A, B, base, least, best = W.new_zeros(len(W), rank), W.new_zeros(W.shape[1], rank), plain, math.inf, None
+    began, group, seen = time.perf_counter(), layout.get("group_size") or 1, H if needs_data(init) else None
+    rounding, solver, rounds = INITS[init] if bits < 16 else ("nearest", INITS[init][1], 1)
+    plain, W = quantize(W, bits, **layout), W.to(_at_least_float32(W))
+    base, best, A, B = plain, None, W.new_zeros(len(W), rank), W.new_zeros(W.shape[1], rank)
     _check(W, H, rank)
-    rounds = rounds if bits < 16 else 1
     for turn in range(rounds):
         if rounding == "nearest" and turn:
-            base = quantize((W - A @ B.T).to(low), bits, **layout)
-        elif rounding == "calibrated" and bits < 16 and (turn or rounds == 1):
+            base = quantize((W - A @ B.T).to(plain.dtype), bits, **layout)
+        elif rounding == "calibrated" and (turn or rounds == 1):
             M = residual_metric(W.new_ones(W.shape[1]).diag() if H is None else H, B if turn else None)
             for descent in [False] * (turn <= 1) + [True] * (2 * (rounds > 1)):
                 base = round_calibrated(W, base, M, descent)
-        E, problem, reached = W - base.dequantize(dtype), None, [None]
+        E = W - base.dequantize(W.dtype)
         if solver in ("als", "exact") or solver and group > 1:
             problem = _Problem(E, seen, rank, group)
             U, reached = problem.als(steps) if solver == "als" else problem.exact()
-            (A, B), error = problem.factors(U), reached[-1]
+            A, B = problem.factors(U)
         else:
             A, B = svd_init(E, rank) if solver else (A, torch.randn_like(B))
-            error = calibrated_error(E, A, B, None) if rounds > 1 else 0.0
-        if best is None or error < least:
-            least, best = error, (base, A, B, E, problem, reached)
+            problem, reached = None, [calibrated_error(E, A, B, None) if rounds > 1 else 0.0]
+        if best is None or reached[-1] < best[-1][-1]:
+            best = base, A, B, E, problem, reached
     (base, A, B, E, problem, reached), seconds = best, time.perf_counter() - began
     known = problem is not None and seen is H  # then it knows the errors, without further products with H
     reached, als = reached if known else [calibrated_error(E, A, B, H)], solver == "als"
     errors = {
         "quantized": problem.error(0.0) if known and base is plain
-        else calibrated_error(W - plain.dequantize(dtype), 0 * A, B, H),
+        else calibrated_error(W - plain.dequantize(W.dtype), 0 * A, B, H),
         "svd": reached[0] if als else None, "als": reached[-1] if als else None, "initialized": reached[-1],
         "floor": (problem if known else _Problem(E, H, rank, group)).exact()[1][0] if floor else None, "seconds": seconds,
     }  # fmt: skip
