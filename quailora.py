@@ -410,8 +410,8 @@ class _Problem:
         return _orthonormal((R @ (A / size)).double())
 
     def als(self, steps: int, every_half_step: bool = False) -> tuple[Tensor, list[float]]:
-        """`steps` rounds of (5) and (6): an orthonormal A (k, r), the last iterate or a better one before it, and the errors at
-        the start and of that A, with every_half_step also those between them.
+        """`steps` rounds of (5) and (6): an orthonormal A (k, r), the last iterate or a better one before it, and errors, the
+        first that of the start, the last that of this A, with every_half_step all of those between them.
 
         With B = R^T A, (5) is A = G A (A^T G A)^-1. The r x r factor changes the basis of A but not its span, and the span
         is all that (6) sees, so A = orth(G A) does for both: a subspace iteration, with no system that could be singular.
@@ -427,7 +427,8 @@ class _Problem:
             if step == min(1, steps) and not self._resolved(captured):
                 return self.als(steps, every_half_step)
             if step == steps:
-                break
+                errors[-1] = self.error(most)  # of the A returned
+                return best, errors
             if every_half_step:  # (5) alone leaves 1/2 (tr G - tr (B^T H B)^+ Y^T Y)
                 lam, V = torch.linalg.eigh(A.T @ Y)  # B^T H B, (r, r)
                 keep = lam > lam.amax().clamp(min=0) * self.rank * torch.finfo(lam.dtype).eps
@@ -439,15 +440,11 @@ class _Problem:
                 for i in range(step, steps):  # every other basis will do: the span is the same
                     A = _orthonormal(G @ A) if i % 2 else G @ A
                 A, step = _orthonormal(A.double()), steps
-        errors[-1] = self.error(most)  # of the A returned
-        return best, errors if every_half_step else [errors[0], errors[-1]]
 
     def exact(self) -> tuple[Tensor, list[float]]:
         """The top r eigenvectors of G, (k, r), and the least possible error: half the sum of the other eigenvalues."""
-        lam, U = torch.linalg.eigh(self.G)  # ascending
-        if not self._resolved(float(lam[-self.rank :].sum())):
-            lam, U = torch.linalg.eigh(self.G)
-        return U[:, -self.rank :], [self.error(float(lam[-self.rank :].sum()))]
+        lam, U = (M[..., -self.rank :] for M in torch.linalg.eigh(self.G))  # in ascending order
+        return (U, [self.error(float(lam.sum()))]) if self._resolved(float(lam.sum())) else self.exact()
 
 
 @_exactly
