@@ -961,9 +961,8 @@ def merge(model: nn.Module) -> nn.Module:
             lora.merge()
             continue
         weight = lora.merged_weight().to(lora.base.dtype)
-        if lora.kind is nn.Linear:
-            linear = nn.Linear(lora.in_features, lora.out_features, bias=False, device="meta")
-        else:
+        linear = nn.Linear(lora.in_features, lora.out_features, bias=False, device="meta")
+        if lora.kind is not nn.Linear:
             linear, weight = lora.kind(lora.out_features, lora.in_features), weight.T.contiguous()
         linear.weight, linear.bias = nn.Parameter(weight), lora.bias
         _replace(model, lora, linear)
