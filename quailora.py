@@ -1029,7 +1029,8 @@ def save_base(model: nn.Module, folder: str | Path) -> None:
     layers, config = _lora_layers(model), model.config
     if not layers or next(iter(layers.values())).base.bits == 16:
         raise ValueError(f"{type(model).__name__} has no rounded weights to save")
-    tensors = {key: x for key, x in model.state_dict().items() if key.rpartition(".")[0].removesuffix(".base") not in layers}
+    own = {f"{name}.{key}" for name, layer in layers.items() for key in layer.state_dict() if key != "bias"}
+    tensors = {key: x for key, x in model.state_dict().items() if key not in own}
     for name, layer in layers.items():
         base, key, dtype = layer.base, f"{name}.weight", str(layer.base.dtype).removeprefix("torch.")
         kind = f"{'nf' if base.zero is None else 'int'}{base.bits}"
@@ -1040,8 +1041,6 @@ def save_base(model: nn.Module, folder: str | Path) -> None:
             state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": base.offset.item()}
             tensors[f"{key}.nested_quant_map"] = dynamic_map()
         tensors[f"{key}.quant_state.bitsandbytes__{kind}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-        if layer.bias is not None:
-            tensors[f"{name}.bias"] = layer.bias
     if base.bits == 4 and base.zero is None:
         linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
         config.quantization_config = {
