@@ -303,7 +303,7 @@ def _thin_qr(E: Tensor) -> tuple[Callable, Tensor]:
 
 
 def _orthonormal(A: Tensor) -> Tensor:
-    """An orthonormal basis, (m, n), of the span of A, (m, n), m >= n, to 10 digits in float64 and 4 in float32."""
+    """An orthonormal basis, (m, min(m, n)), of the span of A, (m, n), to 10 digits in float64 and 4 in float32."""
     R, failed = torch.linalg.cholesky_ex(A.T @ A, upper=True)  # R^T R = A^T A, in half of the time of a QR
     V = torch.linalg.solve_triangular(R, A, upper=True, left=False)
     off = (V.T @ V).sub_(torch.eye(len(R), dtype=V.dtype, device=V.device)).norm()
@@ -606,12 +606,11 @@ def split_product(A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]
     fast each is trained. Here lora_A gets orthonormal rows times sqrt(in / r), which has the norm of a normal draw of
     deviation 1 / sqrt(r), and lora_B the rest. README.md, "How the product is split", has the measurement. Where r > in, which
     QA-LoRA allows, it gets random orthonormal columns instead."""
-    V = _orthonormal(B.double()) if B.shape[0] >= B.shape[1] else torch.linalg.qr(B.double())[0]
-    R = V.T @ B.double()  # B = V R, (in, r) (r, r)
+    V = _orthonormal(B.double())  # B = V R, (in, r) (r, r)
+    R, size = V.T @ B.double(), math.sqrt(B.shape[0] / min(B.shape))
     if V.shape[1] < B.shape[1]:
         turn = _orthonormal(torch.randn(B.shape[::-1], dtype=V.dtype, device=V.device)).T  # (in, r), turn turn^T = I
         V, R = V @ turn, turn.T @ R  # (in, r), (r, r)
-    size = math.sqrt(B.shape[0] / min(B.shape))
     return (V.T * size).to(A.dtype).contiguous(), (A.double() @ R.T / (size * scaling)).to(A.dtype)
 
 
