@@ -975,9 +975,8 @@ def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 # ----------------------------------------------------------------------------------------------------------- 6  On disk
 
 
-def _base_record(model: nn.Module) -> dict:
-    """What an adapter fits on: the model, and how it was rounded. `check` is the mean magnitude of the first layer's Q."""
-    base = next(iter(_lora_layers(model).values())).base
+def _record(base: QuantizedWeight) -> dict:
+    """What an adapter fits on, from its first layer: how it was rounded, and in `check` the mean magnitude of Q."""
     return {
         "bits": base.bits, "block_size": base.block_size or 0, "double_quant": base.nested_absmax is not None,
         "groups": base.zero is not None, "check": base.dequantize(torch.float32).abs().mean().item(),
@@ -1004,7 +1003,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         "target_modules": list(layers), "bias": "none", "fan_in_fan_out": first.kind is not nn.Linear,
         "inference_mode": True, "init_lora_weights": True,
     }  # fmt: skip
-    record = {**_base_record(model), "init": first.init, "own_base": first.own_base, "model": config["base_model_name_or_path"]}
+    record = {**_record(first.base), "init": first.init, "own_base": first.own_base, "model": config["base_model_name_or_path"]}
     Path(folder).mkdir(parents=True, exist_ok=True)
     contents = save(factors, {"quailora": json.dumps(record)}), json.dumps(config, indent=2).encode()
     for name, content in zip(("adapter_model.safetensors", "adapter_config.json"), contents, strict=True):
@@ -1124,7 +1123,7 @@ def load_adapter(model: nn.Module, folder: str | Path, base: str | Path | None =
         size, skip = record["block_size"] or 64, set(layers) - set(targets)
         layout = {"group_size": size} if record["groups"] else {"block_size": size, "double_quant": record["double_quant"]}
         apply_quailora(model, None, rank, alpha, record["bits"], init="qlora", rslora=rslora, skip=skip, floor=False, **layout)
-    ours = _base_record(model)
+    ours = _record(next(iter(_lora_layers(model).values())).base)
     for key in theirs:
         if not math.isclose(ours[key], theirs[key], rel_tol=1e-4):
             what = f"weights of {record['model']} (mean magnitude of the first layer's)" if key == "check" else key
