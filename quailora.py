@@ -215,11 +215,10 @@ def quantize(
     """Round W, (out, in) of any float dtype, to the nearest level of its block: `quantize(W).dequantize()` is Q.
 
     2, 3, 4 bits: NormalFloat (arXiv 2305.14314) in blocks of `block_size` consecutive weights, rows joined; `double_quant`
-    rounds the scales of the blocks to 8 bits too. For 4 bits bitsandbytes does the work where it is installed (on a CPU that of
-    `double_quant`); without, the result is bit for bit the same, but for double quantization on a CPU: there its look-up table
-    misses the nearest of 256 scales 2 times in 1,000. 8 bits: int8 with one scale a row (the weights of LLM.int8, arXiv
-    2208.07339), block_size and double_quant are not used. 16 bits: a copy of W in its own dtype, not rounded, for plain LoRA
-    beside the others.
+    rounds the scales of the blocks to 8 bits too. 4 bits are rounded as by bitsandbytes, bit for bit; where it is not installed
+    but for double quantization on a CPU: there its look-up table misses the nearest of 256 scales 2 times in 1,000. 8 bits:
+    int8 with one scale a row (the weights of LLM.int8, arXiv 2208.07339), block_size and double_quant are not used. 16 bits: a
+    copy of W in its own dtype, not rounded, for plain LoRA beside the others.
 
     group_size, for QA-LoRA (arXiv 2309.14717): each `group_size` consecutive inputs of a row take 2^bits equal steps from their
     least to their greatest weight, scale * (code - zero), with a zero point that is not rounded; 2, 3, 4 or 8 bits.
@@ -526,8 +525,7 @@ def round_calibrated(W: Tensor, base: QuantizedWeight, M: Tensor, descent: bool 
     """Round W, (out, in), once more, input by input, to the levels, scales and zero points of `base`; M of `residual_metric`.
     Each weight goes to the level where the sum of e M e^T over the rows is least, with the errors in the inputs before it as
     they are, and those after it free to make up for it (the feedback of GPTQ, arXiv 2210.17323). With `descent` from the codes
-    of `base` on, those of all others as they are: then that sum never rises. In blocks of 32 inputs, so that most of the work
-    is a product of matrices."""
+    of `base` on, those of all others as they are: then that sum never rises. In blocks of 32 inputs, by matrix products."""
     # e M e^T = sum_j d_j (e_j + sum_{i<j} e_i U_ij)^2, with M = R R^T = U diag(d) U^T, U unit upper triangular
     K = M if descent else torch.linalg.cholesky(M.flip(0, 1)).flip(0, 1).T
     K = (K / K.diagonal()[:, None]).fill_diagonal_(0).to(W.dtype)  # (in, in): -K_j E is the best error in input j
@@ -1021,9 +1019,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
 
 def save_base(model: nn.Module, folder: str | Path) -> None:
     """Write the rounded model of `apply_quailora` without its adapter as a checkpoint that transformers loads with bitsandbytes
-    (4-bit NormalFloat), for bases that are not `quantize(W)`: of loftq, cloq, joint and sequential=True. Other bits, and a
-    merged QA-LoRA model, in the same keys are for `load_base`. Needs transformers and safetensors. Raises OSError if the disk
-    is full."""
+    (4-bit NormalFloat), for bases that are not `quantize(W)`: of loftq, cloq, joint and sequential=True. Other bits, and merged
+    QA-LoRA models, in the same keys are for `load_base`. Needs transformers and safetensors. Raises OSError on a full disk."""
     layers, config = _lora_layers(model), model.config
     if not layers or next(iter(layers.values())).base.bits == 16:
         raise ValueError(f"{type(model).__name__} has no rounded weights to save")
@@ -1092,10 +1089,8 @@ def load_base(model: nn.Module, folder: str | Path) -> None:
 
 def load_adapter(model: nn.Module, folder: str | Path, base: str | Path | None = None) -> None:
     """Load what `save_adapter` wrote into a model of `apply_quailora`, or into a full-precision one, which is quantized first.
-    base: the folder of `save_base`, for an adapter on a base of its own.
-
-    Raises ValueError, naming the difference, if the base is not the one that the adapter was made for, and if a file is
-    damaged; FileNotFoundError if it is missing. Needs safetensors."""
+    base: the folder of `save_base`, for an adapter on a base of its own. Raises ValueError, naming the difference, if the base
+    is not the one that it was made for, or a file is damaged; FileNotFoundError if it is missing. Needs safetensors."""
     from safetensors import SafetensorError, safe_open
 
     file = Path(folder) / "adapter_config.json"
