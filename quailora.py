@@ -215,10 +215,10 @@ def quantize(
     """Round W, (out, in) of any float dtype, to the nearest level of its block: `quantize(W).dequantize()` is Q.
 
     2, 3, 4 bits: NormalFloat (arXiv 2305.14314) in blocks of `block_size` consecutive weights, rows joined; `double_quant`
-    rounds the scales of the blocks to 8 bits too. 4 bits are rounded as by bitsandbytes, bit for bit; where it is not installed
-    but for double quantization on a CPU: there its look-up table misses the nearest of 256 scales 2 times in 1,000. 8 bits:
-    int8 with one scale a row (the weights of LLM.int8, arXiv 2208.07339), block_size and double_quant are not used. 16 bits: a
-    copy of W in its own dtype, not rounded, for plain LoRA beside the others.
+    rounds the scales of the blocks to 8 bits too. 4 bits are rounded as by bitsandbytes, bit for bit; only where it is not
+    installed, double quantization differs from its own on a CPU, which misses the nearest of 256 scales 2 times in 1,000.
+    8 bits: int8 with one scale a row (the weights of LLM.int8, arXiv 2208.07339), block_size and double_quant are not used.
+    16 bits: a copy of W in its own dtype, not rounded, for plain LoRA beside the others.
 
     group_size, for QA-LoRA (arXiv 2309.14717): each `group_size` consecutive inputs of a row take 2^bits equal steps from their
     least to their greatest weight, scale * (code - zero), with a zero point that is not rounded; 2, 3, 4 or 8 bits.
@@ -354,8 +354,7 @@ class _Problem:
         1/2 || (E - A B^T P) X ||_F^2  =  1/2 || (F - A B^T) P X ||_F^2  +  1/2 (tr E H E^T - tr F K F^T)
 
     So (5) is A = E H P^T B (B^T K B)^-1, (6) is B^T = (A^T A)^-1 A^T E H P^T K^+, and the optimum is A = U_r, B^T = U_r^T F
-    with the top eigenvectors of F K F^T (reduced-rank regression). A rank beyond in/g leaves further columns of A, B at zero.
-    """
+    with the top eigenvectors of F K F^T (reduced-rank regression). Of a rank beyond in/g, further columns of A, B are zero."""
 
     def __init__(self, E: Tensor, H: Tensor | None, rank: int, group_size: int = 1):
         _check(E, H, rank, group_size)
@@ -700,8 +699,7 @@ class QALoRALinear(LoRALinear):
     of each group (not their mean), and Q = scale * (codes - zero) has a scale and a zero point a group.
 
     So the update is the same for all weights of a row in a group, and `merge` puts it into their zero point. `lora_A` is (rank,
-    in / group_size), the rest as in LoRALinear. There is no gain from a rank beyond in / group_size but in speed of training.
-    """
+    in / group_size), the rest as in LoRALinear. A rank beyond in / group_size gains nothing but speed of training."""
 
     @classmethod
     def from_linear(
