@@ -95,12 +95,9 @@ def normal_float(bits: int, device: torch.device | None = None) -> Tensor:
 @functools.cache
 def dynamic_map(device: torch.device | None = None) -> Tensor:
     """The 256 levels for scales (arXiv 1511.04561): 0, 1, and 2^i cell centers in the decade below 10^(i-6), i < 7, signed."""
-    levels = [0.0, 1.0]
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
-        centers = 10 ** (i - 6) * (edges[:-1] + edges[1:]) / 2
-        levels += centers.tolist() + (-centers).tolist()
-    return torch.tensor(sorted(levels), dtype=torch.float32, device=device)
+    edges = [torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32) for i in range(7)]
+    centers = torch.cat([10 ** (i - 6) * (edge[:-1] + edge[1:]) / 2 for i, edge in enumerate(edges)])
+    return torch.cat([-centers, centers, centers.new_tensor([0, 1])]).sort().values.to(device)
 
 
 def _round_blocks(x: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
