@@ -213,7 +213,7 @@ def quantize(
 
     2, 3, 4 bits: NormalFloat (arXiv 2305.14314) in blocks of `block_size` consecutive weights, rows joined; `double_quant`
     rounds the scales of the blocks to 8 bits too. 4 bits are rounded as by bitsandbytes, bit for bit; only where it is not
-    installed, double quantization differs from its own on a CPU, which misses the nearest of 256 scales 2 times in 1,000.
+    installed, double quantization differs from that of its CPU code, which misses the nearest of 256 scales 2 times in 1,000.
     8 bits: int8 with one scale a row (the weights of LLM.int8, arXiv 2208.07339), block_size and double_quant are not used.
     16 bits: a copy of W in its own dtype, not rounded, for plain LoRA beside the others.
 
@@ -522,7 +522,7 @@ def round_calibrated(W: Tensor, base: QuantizedWeight, M: Tensor, descent: bool 
     Each weight goes to the level where the sum of e M e^T over the rows is least, with the errors in the inputs before it as
     they are, and those after it free to make up for it (the feedback of GPTQ, arXiv 2210.17323). With `descent` from the codes
     of `base` on, those of all others as they are: then that sum never rises. In blocks of 32 inputs, by matrix products."""
-    # e M e^T = sum_j d_j (e_j + sum_{i<j} e_i U_ij)^2, with M = R R^T = U diag(d) U^T, U unit upper triangular
+    # without: e M e^T = sum_j d_j (e_j + sum_{i<j} e_i U_ij)^2, M = U diag(d) U^T with U unit upper triangular, and K = U^T - 1
     K = M if descent else torch.linalg.cholesky(M.flip(0, 1)).flip(0, 1).T
     K = (K / K.diagonal()[:, None]).fill_diagonal_(0).to(W.dtype)  # (in, in): -K_j E is the best error in input j
     E, levels, scale = W - base.dequantize(W.dtype), base.levels(), base.of_each(base.scales()).to(W.dtype)
