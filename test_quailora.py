@@ -4,6 +4,8 @@
 Sections as in quailora.py, then train.py.
 """
 
+import collections
+import contextlib
 import copy
 import gc
 import itertools
@@ -2205,21 +2207,44 @@ def calibrated_smollm2():
     return model, input_correlations(model, [ids])
 
 
+@contextlib.contextmanager
+def timed_parts(seconds):
+    """Adds to `seconds`, a Counter, what the parts of a start take."""
+
+    def timed(part, call):
+        def timed_call(*args, **options):
+            start = time.perf_counter()
+            result = call(*args, **options)
+            seconds[part] += time.perf_counter() - start
+            return result
+
+        return timed_call
+
+    problem = quailora._Problem
+    parts = [("rounding", quailora, "quantize"), ("G", problem, "__init__"), ("sketch", problem, "start")]
+    with pytest.MonkeyPatch.context() as patch:
+        for part, owner, name in [*parts, ("ALS with sketch", problem, "als"), ("factors", problem, "factors")]:
+            patch.setattr(owner, name, timed(part, getattr(owner, name)))
+        yield
+
+
 def compare_initialization(model, H):
     """All 210 layers, H given, beside one product with H and one with E for each in float32, and LoftQ's rounds."""
     layers, limit = quailora.linear_layers(model), 0.0
     for name, layer in layers.items():
         W = layer.weight.detach()
         limit += seconds_of(lambda: (W @ H[name], W @ W.T if len(W) < len(W.T) else W.T @ W))  # noqa: B023
-    ours, loftq, worst = 0.0, 0.0, 0.0
+    ours, loftq, worst, parts = 0.0, 0.0, 0.0, collections.Counter()
     for name, layer in layers.items():
-        report = LoRALinear.from_linear(layer, H[name], floor=True).report
+        with timed_parts(parts):
+            report = LoRALinear.from_linear(layer, H[name], floor=True).report
         ours, worst = ours + report["seconds"], max(worst, (report["initialized"] / report["floor"]) ** 2)
         loftq += 5 * LoRALinear.from_linear(layer, None, init="svd").report["seconds"]
     print(
         f"\ninitialization of {len(layers)} layers, H given: {ours:.1f} s, {ours / limit:.1f} of the limit ({limit:.1f} s), "
         f"1/{loftq / ours:.1f} of LoftQ's 5 rounds (one round of each layer times 5: {loftq:.0f} s); "
-        f"worst error over the floor {worst:.4f}"
+        f"worst error over the floor {worst:.4f}\nin milliseconds a layer: limit {limit / len(layers) * 1e3:.1f}, all "
+        f"{ours / len(layers) * 1e3:.1f}, {', '.join(f'{part} {t / len(layers) * 1e3:.1f}' for part, t in parts.items())}"
     )
     before, largest, peak = in_new_process(initialization_memory)
     print(
