@@ -617,6 +617,10 @@ def _check_options(alpha: float, init: str, steps: int) -> None:
         raise ValueError(f"steps must not be negative, got {steps}")
 
 
+def _scaling(alpha: float, rank: int, rslora: bool) -> float:
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
 def _weight(linear: nn.Module) -> Tensor:
     """The weight as (out, in): GPT-2's Conv1D holds it transposed."""
     return linear.weight.detach().T if type(linear).__name__ == "Conv1D" else linear.weight.detach()
@@ -640,7 +644,7 @@ class LoRALinear(nn.Module):
     def set_adapter(self, lora_A: Tensor | None, lora_B: Tensor | None, alpha: float, rslora: bool = False) -> None:
         """None for no adapter: x -> Q x. A factor that is a Parameter already stays that one."""
         self.rank, self.alpha, self.rslora = 0 if lora_A is None else len(lora_A), alpha, rslora
-        self.scaling = alpha / max(1, math.sqrt(self.rank) if rslora else self.rank)
+        self.scaling = _scaling(alpha, max(self.rank, 1), rslora)
         self.lora_A, self.lora_B = (M if isinstance(M, nn.Parameter | None) else nn.Parameter(M) for M in (lora_A, lora_B))
 
     @classmethod
@@ -656,12 +660,14 @@ class LoRALinear(nn.Module):
         weight, nearest = _weight(linear), W is None and INITS[init][::2] == ("nearest", 1)
         W = weight if W is None else W
         base, A, B, report = initialize(W, H, rank, init, steps, bits, floor, **layout)
-        layer = cls(base, B.T, A, alpha, rslora, linear.bias)  # for its scaling
-        layer.set_adapter(*split_product(A, B[:: layer.group_size], layer.scaling), alpha, rslora)
+        factors = split_product(A, B[:: layout.get("group_size", 1)], _scaling(alpha, rank, rslora))
+        layer = cls(base, *factors, alpha, rslora, linear.bias)
         base.dtype, layer.own_base = weight.dtype, bits < 16 and not nearest
         h = 1.0 if H is None else float(H.diagonal().max()) or 1.0  # W / h times H stays within float32
-        parts = W.to(_at_least_float32(W)).split(1024)
-        norm = h / 2 * sum(float((w if H is None else (w / h) @ H.to(w)).mul(w).sum(dtype=torch.float64)) for w in parts)
+        W = W.to(_at_least_float32(W))
+        H = None if H is None else H.to(W.dtype)
+        parts = ((w if H is None else (w / h) @ H).mul(w) for w in W.split(1024))
+        norm = h / 2 * sum(float(part.sum(dtype=torch.float64)) for part in parts)
         relative = lambda error: error and (math.sqrt(error / norm) if norm > 0 else 0.0)  # noqa: E731
         layer.report = {key: value if key == "seconds" else relative(value) for key, value in report.items()}
         layer.init, layer.kind = init, type(linear)

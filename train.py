@@ -774,7 +774,10 @@ def figures(args: argparse.Namespace, runs: list[dict], by_rank: dict[str, dict[
 
     def save(figure, axes, name, x, y):
         axes.set(xlabel=x, ylabel=y)
-        axes.legend() if len(axes.lines) < 8 else figure.legend(loc="outside right upper")
+        if len(axes.lines) < 8:
+            axes.legend()
+        else:
+            figure.legend(loc="outside right upper")
         figure.savefig(args.out / name)
         plt.close(figure)
 
