@@ -279,10 +279,10 @@ def _symmetric(R: Tensor, left: Callable, right: Callable) -> Tensor:
     return M
 
 
-def _thin_qr(E: Tensor) -> tuple[Callable, Tensor]:
-    """R, (n, n) in float64, of E = P R with orthonormal columns P, (m, n), m >= n, and the function A -> P A.
-    By the Cholesky factor R of E^T E, in a third of the time, where that leaves P^T P within some 3e-5 (E in float32) or 1e-9
-    of I: the error (1) has a minimum there, so it changes by the square of that."""
+def _thin_qr(E: Tensor, again: Callable) -> tuple[Callable, Tensor]:
+    """R, (n, n) in float64, of E = P R with orthonormal columns P, (m, n), m >= n, and the function A -> P A, for
+    which `again` makes E once more. By the Cholesky factor R of E^T E, in a third of the time, where that leaves P^T P within
+    some 3e-5 (E in float32) or 1e-9 of I: the error (1) has a minimum there, so it changes by the square of that."""
     for dtype in dict.fromkeys((E.dtype, torch.float64)):
         cast = functools.partial(Tensor.to, dtype=dtype)
         gram, of = _symmetric(E.T, cast, cast), torch.finfo(dtype)
@@ -293,7 +293,7 @@ def _thin_qr(E: Tensor) -> tuple[Callable, Tensor]:
         for _ in range(4):  # power iteration: |x| becomes 1 / sigma^2, sigma the least singular value of E with unit columns
             x = size.sqrt() * solve(torch.linalg.solve_triangular(R.T, size.sqrt() * x / x.norm(), upper=False))
         if not failed and (size > of.tiny / of.eps).all() and x.norm() * of.eps < (1e-9 if of.bits == 64 else 3e-5):
-            return lambda A, to=dtype, solve=solve: torch.cat([b.to(to) @ solve(A).to(to) for b in E.split(4096)]).double(), R
+            return lambda A, to=cast, solve=solve: torch.cat([to(b) @ to(solve(A)) for b in again().split(4096)]).double(), R
     P, R = torch.linalg.qr(E.double())
     return lambda A: P @ A, R
 
@@ -309,8 +309,7 @@ def _orthonormal(A: Tensor) -> Tensor:
 
 def _largest(M: Tensor) -> float:
     """The largest magnitude in M, and no less than what numbers can be divided by."""
-    low, high = M.aminmax()  # in one pass, without a copy
-    return max(-float(low), float(high), 16 * torch.finfo(M.dtype).tiny)
+    return max(-float(M.amin()), float(M.amax()), 16 * torch.finfo(M.dtype).tiny)
 
 
 def _sandwich(R: Tensor, H: Tensor | None) -> Tensor:
@@ -353,8 +352,9 @@ class _Problem:
     So (5) is A = E H P^T B (B^T K B)^-1, (6) is B^T = (A^T A)^-1 A^T E H P^T K^+, and the optimum is A = U_r, B^T = U_r^T F
     with the top eigenvectors of F K F^T (reduced-rank regression). Of a rank beyond in/g, further columns of A, B are zero."""
 
-    def __init__(self, E: Tensor, H: Tensor | None, rank: int, group_size: int = 1):
-        _check(E, H, rank, group_size)
+    def __init__(self, make: Callable, H: Tensor | None, rank: int, group_size: int = 1):
+        """make: makes E, (out, in); where out > in it is not kept, but made once more in `factors`."""
+        _check(E := make(), H, rank, group_size)
         self.columns, self.dtype, self.group_size, total = rank, _at_least_float32(E), group_size, None
         noise = 8 * torch.finfo(self.dtype if H is None else _at_least_float32(H)).eps
         E, H = E.to(self.dtype), None if H is None else H.to(torch.promote_types(H.dtype, self.dtype))
@@ -365,7 +365,9 @@ class _Problem:
             size = size.where(size > 0, 1).sqrt()  # in these units a sum is as exact as another, and large ones hide no others
             E, H = pooled(EH) / size @ torch.linalg.pinv(K / size / size[:, None], rtol=noise, hermitian=True) / size, K  # F, K
         self.rank, self.H = min(rank, *E.shape), H
-        self.lift, self.R = _thin_qr(E) if E.shape[0] > E.shape[1] else (lambda A: A, E)
+        make = make if group_size == 1 else lambda F=E: F
+        self.lift, self.R = _thin_qr(E, make) if E.shape[0] > E.shape[1] else (lambda A: A, E)
+        del E
         self.G = _sandwich(self.R, H)
         self.total = float(self.G.trace()) if total is None else total
 
@@ -431,7 +433,9 @@ class _Problem:
             A, step = _orthonormal(Y), step + 1  # (5) A = E H B (B^T H B)^-1, in another basis
             if step == 2 < steps and not every_half_step and self.H is not None and self.H.dtype == torch.float32:
                 size = self.G.norm()
-                G, A = torch.cat([(rows / size).float() for rows in self.G.split(1024)]), A.float()
+                G, A = torch.empty_like(self.G, dtype=torch.float32), A.float()
+                for part, rows in zip(G.split(1024), self.G.split(1024), strict=True):
+                    part.copy_(rows / size)
                 for i in range(step, steps):  # every other basis will do: the span is the same
                     A = _orthonormal(G @ A) if i % 2 else G @ A
                 A, step = _orthonormal(A.double()), steps
@@ -462,7 +466,7 @@ def als_init(E: Tensor, H: Tensor, rank: int, steps: int = 20, return_errors: bo
     Costs one product with H and two with E, then O(min(out, in)^2 rank) a step. group_size: for QA-LoRA, B is the same in all
     inputs of a group, see `_Problem`. Raises ValueError if rank is not within 1 .. min(out, in), the shapes do not fit,
     group_size does not divide `in`, or E or H is not finite."""
-    problem = _Problem(E, H, rank, group_size)
+    problem = _Problem(lambda: E, H, rank, group_size)
     A, errors = problem.als(steps, return_errors)
     return (*problem.factors(A), errors) if return_errors else problem.factors(A)
 
@@ -472,7 +476,7 @@ def exact_init(E: Tensor, H: Tensor, rank: int, group_size: int = 1) -> tuple[Te
     """A global optimum of (1) in closed form (QERA, arXiv 2410.06040; CLoQ, 2501.18475), also where H is singular.
     With U_r the top r eigenvectors of E H E^T, A = U_r and B^T = U_r^T E, here SVD-balanced. Arguments, results and errors
     raised as for `als_init`. Costs an eigendecomposition of order min(out, in)."""
-    problem = _Problem(E, H, rank, group_size)
+    problem = _Problem(lambda: E, H, rank, group_size)
     return problem.factors(problem.exact()[0])
 
 
@@ -516,6 +520,12 @@ def residual_metric(H: Tensor, B: Tensor | None = None, damping: float = 0.03) -
     return damped
 
 
+def _rounding_error(W: Tensor, base: QuantizedWeight) -> Tensor:
+    """E = W - Q, (out, in), in the dtype of W and the memory of Q."""
+    Q = base.dequantize(W.dtype)
+    return torch.sub(W, Q, out=None if base.bits == 16 else Q)
+
+
 @_exactly
 def round_calibrated(W: Tensor, base: QuantizedWeight, M: Tensor, descent: bool = False) -> QuantizedWeight:
     """Round W, (out, in), once more, input by input, to the levels, scales and zero points of `base`; M of `residual_metric`.
@@ -525,7 +535,7 @@ def round_calibrated(W: Tensor, base: QuantizedWeight, M: Tensor, descent: bool 
     # without: e M e^T = sum_j d_j (e_j + sum_{i<j} e_i U_ij)^2, M = U diag(d) U^T with U unit upper triangular, and K = U^T - 1
     K = M if descent else torch.linalg.cholesky(M.flip(0, 1)).flip(0, 1).T
     K = (K / K.diagonal()[:, None]).fill_diagonal_(0).to(W.dtype)  # (in, in): -K_j E is the best error in input j
-    E, levels, scale = W - base.dequantize(W.dtype), base.levels(), base.of_each(base.scales()).to(W.dtype)
+    E, levels, scale = _rounding_error(W, base), base.levels(), base.of_each(base.scales()).to(W.dtype)
     W = W if base.zero is None else W + base.of_each(base.zero).to(W.dtype) * scale
     W, E, scale = (x.T.clone(memory_format=torch.contiguous_format) for x in (W, E, scale))  # (in, out), W near level * scale
     midpoints, divisor = (levels[:-1] + levels[1:]) / 2, scale.where(scale != 0, 1)
@@ -569,22 +579,22 @@ def initialize(
             M = residual_metric(W.new_ones(W.shape[1]).diag() if H is None else H, B if turn else None)
             for descent in [False] * (turn <= 1) + [True] * (2 * (rounds > 1)):
                 base = round_calibrated(W, base, M, descent)
-        E = W - base.dequantize(W.dtype)
+        E = functools.partial(_rounding_error, W, base)
         if solver in ("als", "exact") or solver and group > 1:
             problem = _Problem(E, seen, rank, group)
             U, reached = problem.als(steps) if solver == "als" else problem.exact()
             A, B = problem.factors(U)
         else:
-            A, B = svd_init(E, rank) if solver else (A, torch.randn_like(B))
-            problem, reached = None, [calibrated_error(E, A, B, None) if rounds > 1 else 0.0]
+            A, B = svd_init(E(), rank) if solver else (A, torch.randn_like(B))
+            problem, reached = None, [calibrated_error(E(), A, B, None) if rounds > 1 else 0.0]
         if best is None or reached[-1] < best[-1][-1]:
             best = base, A, B, E, problem, reached
     (base, A, B, E, problem, reached), seconds = best, time.perf_counter() - began
     known = problem is not None and seen is H  # then it knows the errors, without further products with H
-    reached, als = reached if known else [calibrated_error(E, A, B, H)], solver == "als"
+    reached, als = reached if known else [calibrated_error(E(), A, B, H)], solver == "als"
     errors = {
         "quantized": problem.error(0.0) if known and base is plain
-        else calibrated_error(W - plain.dequantize(W.dtype), 0 * A, B, H),
+        else calibrated_error(_rounding_error(W, plain), 0 * A, B, H),
         "svd": reached[0] if als else None, "als": reached[-1] if als else None, "initialized": reached[-1],
         "floor": (problem if known else _Problem(E, H, rank, group)).exact()[1][0] if floor else None, "seconds": seconds,
     }  # fmt: skip
