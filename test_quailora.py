@@ -2117,9 +2117,18 @@ def resident_mb(key="VmRSS"):
     return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0]) / 1024
 
 
+def decaying_correlations(n):
+    """H, (n, n), of random inputs with a decaying spectrum and three outlier features."""
+    generator = torch.Generator().manual_seed(0)
+    decay = torch.linspace(0, -4, n).exp()[torch.randperm(n, generator=generator), None]
+    X = torch.randn(n, n, generator=generator) * decay
+    X[:3] *= 100
+    return X @ X.T
+
+
 def compare_sizes(arguments, rank=64):
-    """For each shape OUTxIN, on the CPU: H is given, of inputs with a decaying spectrum and outlier features. The limit is the
-    time of the two large products, E H and E E^T or E^T E, in float32; error and floor are those of (1)."""
+    """For each shape OUTxIN, on the CPU, with H given. The limit is the time of the two large products, E H and E E^T or E^T E,
+    in float32; error and floor are those of (1)."""
     try:
         shapes = [tuple(map(int, shape.split("x"))) for shape in arguments]
         assert all(len(shape) == 2 and min(shape) >= rank for shape in shapes)
@@ -2128,12 +2137,7 @@ def compare_sizes(arguments, rank=64):
     LoRALinear.from_linear(nn.Linear(64, 64), rank=1)  # starts the threads
     print("| (out, in) | method | seconds | over the limit | peak extra MB | error over the floor |\n|---|---|---|---|---|---|")
     for out, n in shapes or [(576, 1536), (1536, 576), (4096, 4096), (4096, 11008), (11008, 4096)]:
-        generator = torch.Generator().manual_seed(0)
-        decay = torch.linspace(0, -4, n).exp()[torch.randperm(n, generator=generator), None]
-        X = torch.randn(n, n, generator=generator) * decay
-        X[:3] *= 100
-        H, linear, rows = X @ X.T, nn.Linear(n, out, bias=False), []
-        del X
+        H, linear, rows = decaying_correlations(n), nn.Linear(n, out, bias=False), []
         W = linear.weight.detach()
         limit = seconds_of(lambda: (W @ H, W @ W.T if out < n else W.T @ W))  # noqa: B023
         for name, init, rounds in (("QuAILoRA", "quailora", 1), ("LoftQ, 5 x one round", "svd", 5)):
@@ -2188,24 +2192,13 @@ def compare_calibration(rounds=3):
 
 
 def initialization_memory():
-    """What apply_quailora takes at its peak beyond the model and H, H given, after the first use of the libraries. The weights
-    have memory of their own: those of a file that is mapped stay with the process until the last one of them is freed."""
-    model, H = calibrated_smollm2()
-    for p in model.parameters():
-        p.data = p.data.clone()
-    for name, layer in list(quailora.linear_layers(model).items())[:7]:  # a block
-        LoRALinear.from_linear(layer, H[name])
-    largest = max(layer.weight.nbytes for layer in quailora.linear_layers(model).values()) / 2**20
-    del name, layer
-    gc.collect()
-    before = resident_mb()
-    return before, largest, peak_mb(lambda: apply_quailora(model, None, H=H, floor=False))[0]
-
-
-def calibrated_smollm2():
-    model = T.AutoModelForCausalLM.from_pretrained(train.smollm2(), dtype=torch.float32).eval()
-    ids = torch.randint(0, model.config.vocab_size, (4, 256), generator=torch.Generator().manual_seed(0))
-    return model, input_correlations(model, [ids])
+    """What apply_quailora takes at its peak beyond model and H, and the largest layer, in MB: for the layers of a block of
+    LLaMA 7B, of random weights, which are large enough to be seen beside the work memory of the libraries."""
+    shapes = dict.fromkeys("qkvo", (4096, 4096)) | {"gate": (11008, 4096), "up": (11008, 4096), "down": (4096, 11008)}
+    block = nn.ModuleDict({name: nn.Linear(n, out, bias=False) for name, (out, n) in shapes.items()})
+    H = {n: decaying_correlations(n) for n in (4096, 11008)}
+    H, largest = {name: H[n] for name, (_, n) in shapes.items()}, block["gate"].weight.nbytes / 2**20
+    return peak_mb(lambda: apply_quailora(block, None, H=H, floor=False))[0], largest
 
 
 @contextlib.contextmanager
@@ -2247,10 +2240,10 @@ def compare_initialization(model, H):
         f"worst error over the floor {worst:.4f}\nin milliseconds a layer: limit {limit / len(layers) * 1e3:.1f}, all "
         f"{ours / len(layers) * 1e3:.1f}, {', '.join(f'{part} {t / len(layers) * 1e3:.1f}' for part, t in parts.items())}"
     )
-    before, largest, peak = in_new_process(initialization_memory)
+    peak, largest = in_new_process(initialization_memory)
     print(
-        f"apply_quailora with H given: {peak:,.0f} MB at its peak beyond model and H ({before:,.0f} MB with the process); "
-        f"the largest layer has {largest:.1f} MB"
+        f"apply_quailora on the layers of a block of LLaMA 7B, H given: {peak:,.0f} MB at its peak beyond model and H, "
+        f"{peak / largest:.1f} copies of the largest layer ({largest:.0f} MB)"
     )
 
 
