@@ -113,8 +113,9 @@ def _round_blocks(x: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, T
     if len(levels) > 16:
         return torch.bucketize(scaled, midpoints.to(x.device), out_int32=True).to(torch.uint8), absmax
     codes = torch.zeros_like(scaled, dtype=torch.uint8)
-    for midpoint in midpoints.tolist():  # in a third of the time of a search
-        codes += scaled > midpoint
+    for part, of in zip(codes.split(2**18), scaled.split(2**18), strict=True):  # as large as fits in a cache
+        for midpoint in midpoints.tolist():  # in half of the time of a search
+            part += of > midpoint
     return codes, absmax
 
 
