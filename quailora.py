@@ -839,8 +839,7 @@ def _one_pass(model: nn.Module, batches: Iterable, layers: dict[str, nn.Module],
                     return
                 raise ValueError(f"the H of {name} takes {need} bytes, more than the {memory:.0f} allowed")
             H[name] = x.new_zeros(x.shape[1], x.shape[1])
-        with torch.autocast(x.device.type, enabled=False):
-            H[name].addmm_(x.T, x)
+        H[name].addmm_(x.T, x)  # in place, so autocast lets it be
 
     with _evaluating(model) as stack:
         for name, layer in layers.items():
