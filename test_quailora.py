@@ -2134,6 +2134,7 @@ def compare_sizes(arguments, rank=64):
         assert all(len(shape) == 2 and min(shape) >= rank for shape in shapes)
     except (ValueError, AssertionError):
         sys.exit(f"usage: python quailora.py [OUTxIN ...], both at least {rank}; default: 576x1536 to 11008x4096")
+    torch.manual_seed(0)
     LoRALinear.from_linear(nn.Linear(64, 64), rank=1)  # starts the threads
     print("| (out, in) | method | seconds | over the limit | peak extra MB | error over the floor |\n|---|---|---|---|---|---|")
     for out, n in shapes or [(576, 1536), (1536, 576), (4096, 4096), (4096, 11008), (11008, 4096)]:
