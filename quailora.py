@@ -109,13 +109,16 @@ def _round_blocks(x: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, T
     scaled = blocks * (1 / size)[:, None]
     if len(x) % block_size:  # bitsandbytes divides in a trailing partial block; the last bit can differ
         scaled[-1] = blocks[-1] / size[-1]
-    scaled, midpoints = scaled.view(-1)[: len(x)], (levels[:-1] + levels[1:]) / 2
+    scaled, midpoints = scaled.view(-1)[: len(x)], ((levels[:-1] + levels[1:]) / 2).to(x.device)
     if len(levels) > 16:
-        return torch.bucketize(scaled, midpoints.to(x.device), out_int32=True).to(torch.uint8), absmax
-    codes = torch.zeros_like(scaled, dtype=torch.uint8)
-    for part, of in zip(codes.split(2**18), scaled.split(2**18), strict=True):  # as large as fits in a cache
-        for midpoint in midpoints.tolist():  # in half of the time of a search
-            part += of > midpoint
+        return torch.bucketize(scaled, midpoints, out_int32=True).to(torch.uint8), absmax
+    # in a fifth of a search's time, by a table for 255 cells of [-1, 1]: how many midpoints are below a cell, and the next one
+    codes, edges = torch.empty_like(scaled, dtype=torch.uint8), torch.linspace(-1, 1, 256, device=x.device)[:-1]
+    below = torch.bucketize(edges, midpoints, out_int32=True)
+    following, below = F.pad(midpoints, (0, 1), value=2)[below], below.to(torch.uint8)
+    for part, y in zip(codes.split(2**18), scaled.split(2**18), strict=True):  # as large as fits in a cache
+        cell = ((y + 1) * 127).int().clamp_(0, 254)  # that of y or the one before: no two have two midpoints
+        torch.add(below.index_select(0, cell), y > following.index_select(0, cell), out=part)
     return codes, absmax
 
 

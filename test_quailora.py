@@ -163,6 +163,17 @@ def test_codes_are_packed_without_a_gap_the_first_in_the_highest_bits():
         assert torch.equal(quailora._pack(quailora._pack(codes, bits), 8, bits)[:1001], codes)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_code_counts_the_midpoints_below_also_right_beside_them_and_beside_the_edges_of_the_cells(bits):
+    levels = quailora.normal_float(bits)
+    midpoints = (levels[:-1] + levels[1:]) / 2
+    at = torch.cat([midpoints, torch.linspace(-1, 1, 256)])
+    beside = [at.nextafter(torch.tensor(to)) for to in (-2.0, 2.0)]
+    values = torch.cat([at, *beside, torch.linspace(-1, 1, 300_001)]).clamp(-1, 1)
+    codes, _ = quailora._round_blocks(torch.stack([torch.ones_like(values), values], 1).view(-1), levels, 2)
+    assert torch.equal(codes[1::2].long(), (values[:, None] > midpoints).sum(1))
+
+
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("bits, size", [(2, 250), (3, 375)])
 def test_two_and_three_bits_take_the_nearest_level_and_that_many_bits(bits, size, double_quant):
