@@ -936,7 +936,7 @@ def test_the_family_is_ordered_as_its_parts_say():
     linear, H = make_linear(out=60)
     error = {init: LoRALinear.from_linear(linear, H, rank=8, init=init).report["initialized"] for init in quailora.INITS}
     floor = LoRALinear.from_linear(linear, H, rank=8, floor=True).report["floor"]
-    assert error["qlora"] > error["svd"] > error["quailora"] > error["cloq"] > error["joint"]
+    assert error["qlora"] > error["svd"] > error["exact"] > 1.02 * error["cloq"] > 1.02 * error["joint"]
     assert error["quailora"] == pytest.approx(error["exact"], rel=1e-3) == pytest.approx(floor, rel=1e-3)
 
 
@@ -1548,7 +1548,7 @@ def test_a_qa_lora_model_is_saved_loaded_and_merged_without_loss(family, bits, t
         quailora.load_base(blank.eval(), tmp_path / "merged")
         assert torch.equal(blank(**batches[0]).logits, merged)
         for name, layer in quailora._lora_layers(blank).items():
-            assert torch.equal(layer.base.codes, codes[name]) and layer.lora_A is None
+            assert type(layer) is QALoRALinear and torch.equal(layer.base.codes, codes[name]) and layer.lora_A is None
 
 
 def test_a_qa_lora_adapter_on_a_base_of_its_own_comes_back_with_it(tmp_path):
