@@ -1113,7 +1113,7 @@ def load_adapter(model: nn.Module, folder: str | Path, base: str | Path | None =
         rank, alpha, rslora, targets = (config[key] for key in ("r", "lora_alpha", "use_rslora", "target_modules"))
         file = Path(folder) / "adapter_model.safetensors"
         with safe_open(file, "pt") as content:
-            record = {"groups": False, "own_base": False} | json.loads((content.metadata() or {})["quailora"])
+            record = json.loads((content.metadata() or {})["quailora"])
             factors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
         theirs = {key: record[key] for key in ("groups", "bits", "block_size", "double_quant", "check")}
     except FileNotFoundError:

@@ -31,6 +31,8 @@ import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -1629,6 +1631,8 @@ def test_an_adapter_is_refused_on_another_base_and_when_it_is_damaged(tmp_path):
     refused(r"layers.0.fc1.lora_A is \(8, 32\) in the adapter and \(4, 32\) in the model", rank=4)
     refused("the adapter has a layer model.decoder.layers.0.self_attn.k_proj, which LlamaForCausalLM has not", family="llama")
     content = (tmp_path / "adapter_model.safetensors").read_bytes()
+    save_file(load_safetensors(content), tmp_path / "adapter_model.safetensors")  # without the record
+    refused("adapter_model.safetensors is damaged or was not written by save_adapter")
     (tmp_path / "adapter_model.safetensors").write_bytes(content[:-100])
     refused("adapter_model.safetensors is damaged")
     (tmp_path / "adapter_model.safetensors").write_bytes(content)
