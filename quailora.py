@@ -125,9 +125,10 @@ def _round_blocks(x: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, T
 def _pack(codes: Tensor, bits: int, to: int = 8) -> Tensor:
     """uint8 codes (n,) below 2^bits, their bits in a row, the highest first, cut into codes below 2^to: into bytes, 4 codes of
     2 bits or 2 of 4 in each, 8 of 3 in three, the last one filled up with the code of level 0; and back with bits=8."""
-    n, m = math.lcm(bits, to) // bits, math.lcm(bits, to) // to  # codes in a word, before and after
+    size = math.lcm(bits, to)  # of a word
+    n, m, dtype = size // bits, size // to, torch.uint8 if size == 8 else torch.int32  # codes in a word, before and after
     codes = F.pad(codes, (0, -len(codes) % n), value=2 ** (bits - 1) - 1).view(-1, n)
-    word = codes[:, 0] if n == 1 else sum(codes[:, i].int() << bits * (n - 1 - i) for i in range(n))
+    word = codes[:, 0] if n == 1 else sum(codes[:, i].to(dtype) << bits * (n - 1 - i) for i in range(n))
     return torch.stack([(word >> to * (m - 1 - i) & 2**to - 1).to(torch.uint8) for i in range(m)], 1).view(-1)
 
 
