@@ -117,7 +117,7 @@ def _round_blocks(x: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, T
     below = torch.bucketize(edges, midpoints, out_int32=True)
     following, below = F.pad(midpoints, (0, 1), value=2)[below], below.to(torch.uint8)
     for part, y in zip(codes.split(2**18), scaled.split(2**18), strict=True):  # as large as fits in a cache
-        cell = ((y + 1) * 127).int().clamp_(0, 254)  # that of y or the one before: no two have two midpoints
+        cell = ((y + 1) * 127).int().clamp_(0, 254)  # that of y or the one before; together they hold one midpoint at most
         torch.add(below.index_select(0, cell), y > following.index_select(0, cell), out=part)
     return codes, absmax
 
@@ -284,9 +284,9 @@ def _symmetric(R: Tensor, left: Callable, right: Callable) -> Tensor:
     return M
 
 
-def _thin_qr(E: Tensor, again: Callable) -> tuple[Callable, Tensor]:
+def _thin_qr(E: Tensor, make_E: Callable) -> tuple[Callable, Tensor]:
     """R, (n, n) in float64, of E = P R with orthonormal columns P, (m, n), m >= n, and the function A -> P A, for
-    which `again` makes E once more. By the Cholesky factor R of E^T E, in a third of the time, where that leaves P^T P within
+    which `make_E` makes E once more. By the Cholesky factor R of E^T E, in a third of the time, where that leaves P^T P within
     some 3e-5 (E in float32) or 1e-9 of I: the error (1) has a minimum there, so it changes by the square of that."""
     for dtype in dict.fromkeys((E.dtype, torch.float64)):
         cast = functools.partial(Tensor.to, dtype=dtype)
@@ -298,7 +298,7 @@ def _thin_qr(E: Tensor, again: Callable) -> tuple[Callable, Tensor]:
         for _ in range(4):  # power iteration: |x| becomes 1 / sigma^2, sigma the least singular value of E with unit columns
             x = size.sqrt() * solve(torch.linalg.solve_triangular(R.T, size.sqrt() * x / x.norm(), upper=False))
         if not failed and (size > of.tiny / of.eps).all() and x.norm() * of.eps < (1e-9 if of.bits == 64 else 3e-5):
-            return lambda A, to=cast, solve=solve: torch.cat([to(b) @ to(solve(A)) for b in again().split(4096)]).double(), R
+            return lambda A, to=cast, solve=solve: torch.cat([to(b) @ to(solve(A)) for b in make_E().split(4096)]).double(), R
     P, R = torch.linalg.qr(E.double())
     return lambda A: P @ A, R
 
@@ -357,9 +357,9 @@ class _Problem:
     So (5) is A = E H P^T B (B^T K B)^-1, (6) is B^T = (A^T A)^-1 A^T E H P^T K^+, and the optimum is A = U_r, B^T = U_r^T F
     with the top eigenvectors of F K F^T (reduced-rank regression). Of a rank beyond in/g, further columns of A, B are zero."""
 
-    def __init__(self, make: Callable, H: Tensor | None, rank: int, group_size: int = 1):
-        """make: makes E, (out, in); where out > in it is not kept, but made once more in `factors`."""
-        _check(E := make(), H, rank, group_size)
+    def __init__(self, make_E: Callable, H: Tensor | None, rank: int, group_size: int = 1):
+        """make_E makes E, (out, in); where out > in it is not kept, but made once more in `factors`."""
+        _check(E := make_E(), H, rank, group_size)
         self.columns, self.dtype, self.group_size, total = rank, _at_least_float32(E), group_size, None
         noise = 8 * torch.finfo(self.dtype if H is None else _at_least_float32(H)).eps
         E, H = E.to(self.dtype), None if H is None else H.to(torch.promote_types(H.dtype, self.dtype))
@@ -370,8 +370,8 @@ class _Problem:
             size = size.where(size > 0, 1).sqrt()  # in these units a sum is as exact as another, and large ones hide no others
             E, H = pooled(EH) / size @ torch.linalg.pinv(K / size / size[:, None], rtol=noise, hermitian=True) / size, K  # F, K
         self.rank, self.H = min(rank, *E.shape), H
-        make = make if group_size == 1 else lambda F=E: F
-        self.lift, self.R = _thin_qr(E, make) if E.shape[0] > E.shape[1] else (lambda A: A, E)
+        make_E = make_E if group_size == 1 else lambda F=E: F
+        self.lift, self.R = _thin_qr(E, make_E) if E.shape[0] > E.shape[1] else (lambda A: A, E)
         del E
         self.G = _sandwich(self.R, H)
         self.total = float(self.G.trace()) if total is None else total
@@ -584,24 +584,24 @@ def initialize(
             M = residual_metric(W.new_ones(W.shape[1]).diag() if H is None else H, B if turn else None)
             for descent in [False] * (turn <= 1) + [True] * (2 * (rounds > 1)):
                 base = round_calibrated(W, base, M, descent)
-        E = functools.partial(_rounding_error, W, base)
+        make_E = functools.partial(_rounding_error, W, base)
         if solver in ("als", "exact") or solver and group > 1:
-            problem = _Problem(E, seen, rank, group)
+            problem = _Problem(make_E, seen, rank, group)
             U, reached = problem.als(steps) if solver == "als" else problem.exact()
             A, B = problem.factors(U)
         else:
-            A, B = svd_init(E(), rank) if solver else (A, torch.randn_like(B))
-            problem, reached = None, [calibrated_error(E(), A, B, None) if rounds > 1 else 0.0]
+            A, B = svd_init(make_E(), rank) if solver else (A, torch.randn_like(B))
+            problem, reached = None, [calibrated_error(make_E(), A, B, None) if rounds > 1 else 0.0]
         if best is None or reached[-1] < best[-1][-1]:
-            best = base, A, B, E, problem, reached
-    (base, A, B, E, problem, reached), seconds = best, time.perf_counter() - began
+            best = base, A, B, make_E, problem, reached
+    (base, A, B, make_E, problem, reached), seconds = best, time.perf_counter() - began
     known = problem is not None and seen is H  # then it knows the errors, without further products with H
-    reached, als = reached if known else [calibrated_error(E(), A, B, H)], solver == "als"
+    reached, als = reached if known else [calibrated_error(make_E(), A, B, H)], solver == "als"
     errors = {
         "quantized": problem.error(0.0) if known and base is plain
         else calibrated_error(_rounding_error(W, plain), 0 * A, B, H),
         "svd": reached[0] if als else None, "als": reached[-1] if als else None, "initialized": reached[-1],
-        "floor": (problem if known else _Problem(E, H, rank, group)).exact()[1][0] if floor else None, "seconds": seconds,
+        "floor": (problem if known else _Problem(make_E, H, rank, group)).exact()[1][0] if floor else None, "seconds": seconds,
     }  # fmt: skip
     return base, A, B, errors
 
