@@ -474,7 +474,7 @@ def test_calibrated_rounding_takes_an_H_that_its_rounding_to_float32_made_indefi
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("case", ["random", "chain", "growing"])
+@pytest.mark.parametrize("case", ["random", "chain", "growing", "tiny"])
 def test_the_thin_qr_is_one_also_where_a_cholesky_factor_does_not_show_how_near_to_dependent_the_columns_are(case, dtype):
     generator = torch.Generator().manual_seed(0)
     R = torch.eye(24, dtype=torch.float64)  # its diagonal is far from zero beside its columns, its least singular value is not
@@ -482,6 +482,8 @@ def test_the_thin_qr_is_one_also_where_a_cholesky_factor_does_not_show_how_near_
         R = 0.31 * R + 0.95 * torch.diag(torch.ones(23).double(), 1)
     elif case == "growing":
         R = 0.1 * R + torch.randn(24, 24, generator=generator, dtype=torch.float64).triu(1)
+    elif case == "tiny":  # the squares of a column are not within the range of the dtype
+        R[:, 5] *= 1e-21 if dtype == torch.float32 else 1e-156
     E = (torch.linalg.qr(torch.randn(300, 24, generator=generator, dtype=torch.float64))[0] @ R).to(dtype)
     lift, R = quailora._thin_qr(E, lambda: E)
     P, eye = lift(torch.eye(24, dtype=torch.float64)), torch.eye(24, dtype=torch.float64)
@@ -1180,6 +1182,23 @@ def test_apply_replaces_all_but_the_head_and_brings_the_outputs_closer(family):
     assert max(distance["quailora"], distance["exact"]) < distance["svd"] < distance["qlora"]
 
 
+def test_each_layer_is_replaced_before_the_next_one_is_started():
+    model, replaced = tiny("opt"), []
+
+    def progress(names):
+        for name in names:
+            replaced.append(len(quailora._lora_layers(model)))
+            yield name
+
+    rows = apply_quailora(model, None, rank=8, H=input_correlations(model, token_batches()), progress=progress)
+    assert replaced == list(range(len(rows)))
+
+
+def test_a_report_has_the_seconds_of_the_start_beside_its_relative_errors(monkeypatch):
+    monkeypatch.setattr(quailora.time, "perf_counter", itertools.count(1.0, 2.0).__next__)
+    assert LoRALinear.from_linear(nn.Linear(16, 16), rank=4, init="svd").report["seconds"] == 2
+
+
 def test_sequential_repairs_in_a_layer_what_the_layers_before_it_left():
     """Against the optimum of || W X - (Q + A B^T) X^ || for the Q at hand, by a dense projection (reduced-rank regression)."""
     torch.manual_seed(0)
@@ -1211,7 +1230,7 @@ def test_sequential_repairs_in_a_layer_what_the_layers_before_it_left():
 
 @pytest.mark.parametrize("family", TEXT_MODELS)
 def test_sequential_takes_any_family_and_comes_nearer_to_its_outputs(family):
-    batches = token_batches(padded=False)
+    batches = [{**batch, "use_cache": False} for batch in token_batches(padded=False)]
     with torch.no_grad():
         full, distance = [tiny(family)(**batch).logits for batch in batches], {}
         for sequential in (False, True):
