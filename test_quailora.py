@@ -1345,9 +1345,18 @@ def test_a_vision_transformer_and_a_plain_module_work_too():
     assert plain[0] is plain[2] and isinstance(plain[2], LoRALinear) and type(plain[4]) is nn.Linear
 
 
+def test_calibration_in_inference_mode_gives_the_same():
+    model, batches = tiny("opt"), token_batches()
+    expected = input_correlations(model, batches)
+    with torch.inference_mode():
+        H = input_correlations(model, batches)
+    assert all(torch.equal(H[name], expected[name]) for name in expected) and len({id(M) for M in H.values()}) == 8
+
+
 def test_calibration_ignores_dropout_autocast_and_the_masks_of_other_batches():
     model, batches = tiny("opt"), token_batches()
     name = "model.decoder.layers.1.fc2"
+    assert quailora.linear_layers(model).keys() - quailora.linear_layers(model, name).keys() == {name}
     expected = input_correlations(model, batches)[name]
     model.config.dropout = 0.5
     for layer in model.model.decoder.layers:
@@ -1631,6 +1640,7 @@ def test_an_adapter_is_refused_on_another_base_and_when_it_is_damaged(tmp_path):
         quailora.load_adapter(nearest, tmp_path / "own")
     apply_quailora(other_scales, None, rank=8, init="qlora", double_quant=False)
     quailora.load_adapter(other_scales, tmp_path / "own", tmp_path / "base")  # the base comes with its scales
+    quailora.load_adapter(other_scales, tmp_path / "own")  # which is there now
     batch = token_batches(padded=False)[0]
     assert torch.equal(other_scales(**batch).logits, of_its_own(**batch).logits)
     with pytest.raises(ValueError, match=r"decoder.* is \(.*\) in .*base and None in the model"):
