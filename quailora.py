@@ -298,7 +298,12 @@ def _thin_qr(E: Tensor, make_E: Callable) -> tuple[Callable, Tensor]:
         for _ in range(4):  # power iteration: |x| becomes 1 / sigma^2, sigma the least singular value of E with unit columns
             x = size.sqrt() * solve(torch.linalg.solve_triangular(R.T, size.sqrt() * x / x.norm(), upper=False))
         if not failed and (size > of.tiny / of.eps).all() and x.norm() * of.eps < (1e-9 if of.bits == 64 else 3e-5):
-            return lambda A, to=cast, solve=solve: torch.cat([to(b) @ to(solve(A)) for b in make_E().split(4096)]).double(), R
+
+            def lift(A: Tensor, to: Callable = cast, solve: Callable = solve) -> Tensor:
+                C = to(solve(A))  # R^-1 A
+                return torch.cat([to(rows) @ C for rows in make_E().split(4096)]).double()
+
+            return lift, R
     P, R = torch.linalg.qr(E.double())
     return lambda A: P @ A, R
 
