@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: MIT
+"""Compare starts of an adapter on the same terms: tables, figures. Takes train.py's options too.
+
+    python assets/compare.py --methods qlora quailora --seeds 2 --ranks 8 64 --out runs/mine
+
+Each run is a process of its own, on the same data in the same order; calibration and evaluation
+in full precision are done once. --out holds what is finished (results.json), the rest (runs/), to
+be gone on with by --resume, and the figures.
+"""
+
+import argparse
+import functools
+import json
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import train  # noqa: E402
+from train import naming, require  # noqa: E402
+
+INITS = {  # --init: how it is called, and how it is drawn, in the colors of Okabe and Ito
+    "qlora": ("QLoRA", "#000000", "o", "-"),
+    "peft": ("QLoRA as peft draws it", "#999999", ".", "-"),
+    "svd": ("SVD alone", "#E69F00", "s", ":"),
+    "loftq": ("LoftQ", "#56B4E9", "v", "-."),
+    "quailora": ("QuAILoRA", "#D55E00", "^", "-"),
+    "exact": ("exact (QERA)", "#D55E00", "2", ":"),
+    "cloq": ("CLoQ", "#F0E442", "P", "--"),
+    "joint": ("joint", "#0072B2", "*", "-"),
+    8: ("QLoRA, 8 bits", "#009E73", "D", "--"),
+    16: ("LoRA, full precision", "#CC79A7", "X", (0, (1, 1))),
+}
+ZERO = ("qlora", "peft")  # without an adapter at step 0
+VARIED = ("bits", "calibration_data", "init", "lr", "method", "rank", "seed", "steps")
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = train.options()
+    parser.description = __doc__
+    add = parser.add_argument
+    # fmt: off
+    add("--methods", nargs="+", default=["qlora", "peft", "svd", "loftq", "quailora"],
+        choices=[*train.METHODS, *map("qa-{}".format, train.METHODS)], metavar="INIT", help="INIT, "
+        "or qa-INIT for it with --method qa-lora, the baseline first; default: %(default)s")
+    add("--seeds", type=int, default=1, help="seeds 0, 1, ... of each; default: 1")
+    add("--sweep", type=float, nargs="+", default=[], metavar="LR", help="also each at the best of "
+        "these rates, chosen on sequences that are neither trained nor validated on")
+    add("--ranks", type=int, nargs="+", default=[], metavar="RANK", help="also --methods at these "
+        "ranks at step 0, and fine-tuned at the first, middle and last of them")
+    add("--calibrations", nargs="+", default=[], metavar="DATA", help="also QuAILoRA with these")
+    add("--equal-norm", action="store_true", help="start with both factors of equal norm")
+    # fmt: on
+    args = train.parse_args(argv, parser, "compare")
+    args.selection = args.validation
+    return args
+
+
+def check_options(args: argparse.Namespace) -> None:
+    train.check_options(args)
+    require(args.seeds >= 1, f"--seeds {args.seeds}: expected at least 1")
+    require(min([1, *args.ranks]) > 0, f"--ranks {args.ranks}: expected at least 1")
+    require(min([1, *args.sweep]) > 0, f"--sweep {args.sweep}: expected positive rates")
+    require(args.bits <= 4, f"--bits {args.bits}: expected 2, 3 or 4; 8 and 16 are the references")
+    require("RANK" not in os.environ, "give this to python, not to torchrun: it starts processes")
+
+
+def methods_of(args: argparse.Namespace) -> dict[str, dict]:
+    """Title of a row: --method, --init and --bits. The last two are the references."""
+    methods = {}
+    for name in args.methods:
+        init, method = name.removeprefix("qa-"), "lora"
+        title = INITS[init][0]
+        if name.startswith("qa-") or args.method == "qa-lora":
+            title = "QA-LoRA, " + ("zero start" if init == "qlora" else title)
+            method = "qa-lora"
+        methods[f"{title}, {args.bits} bits"] = dict(method=method, init=init, bits=args.bits)
+    for bits in (8, 16):
+        methods[INITS[bits][0]] = dict(method="lora", init="qlora", bits=bits)
+    return methods
+
+
+# ---------------------------------------------------------------------------------------- runs
+
+
+def calibrate(job: argparse.Namespace, file: Path) -> None:
+    """What all runs share: H, the seconds it took, and the perplexity in full precision."""
+    import torch
+
+    from quailora import input_correlations
+
+    shared = train.Job(job, {"seconds": {}})
+    with shared.phase("calibrate"):
+        H = input_correlations(shared.model, shared.batches)
+    partial = file.with_suffix(".partial")
+    with naming(f"{file} could not be written"):
+        torch.save({"H": H, "perplexity": shared.evaluate(), "seconds": shared.seconds}, partial)
+        partial.replace(file)
+
+
+def run(job: argparse.Namespace, file: Path | None, equal_norm: bool) -> None:
+    """One run of train.py, on what calibrate() left in `file`."""
+    import torch
+
+    import quailora
+
+    def halves(A, B, scaling):  # A and B come with equal norms, as in (4)
+        return B.T.contiguous() / scaling**0.5, A / scaling**0.5
+
+    if equal_norm:
+        quailora.split_product = halves
+    shared, device = {}, "cuda" if torch.cuda.is_available() else "cpu"
+    if file:
+        with naming(f"{file} could not be read (delete it to calibrate again)"):
+            shared = torch.load(file, device)
+    result = train.run(job, shared.get("H"), shared.get("perplexity"))
+    if shared and job.init not in ZERO and quailora.INITS[job.init].needs_data:
+        result["seconds"]["calibrate"] = shared["seconds"]["calibrate"]
+        train.write_json(job.out / "results.json", {"runs": [result]})
+
+
+def in_process(title: str, action, job: argparse.Namespace, **arguments) -> None:
+    """action(job, **arguments) in a process of its own; where it fails, this one ends too."""
+    call = functools.partial(action, **arguments)
+    process = multiprocessing.get_context("spawn").Process(target=train.attempt, args=(call, job))
+    process.start()
+    process.join()
+    if process.exitcode < 0:
+        raise RuntimeError(f"{title} was killed by signal {-process.exitcode}; --resume goes on")
+    if process.exitcode:  # it has said why
+        sys.exit(process.exitcode)
+
+
+class Runs:
+    """Those in --out. What is asked for and not there yet is run."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.file, self.done = args, args.out / "results.json", []
+        self.defaults = train.settings(train.parse_args([]))  # of runs older than an option
+        options = {key: getattr(args, key) for key in vars(train.parse_args([]))}
+        self.options = options | {"resume": True, "overwrite": False}
+        now = train.settings(argparse.Namespace(**options)) | {"equal_norm": args.equal_norm}
+        self.common = {key: value for key, value in now.items() if key not in VARIED}
+        if args.overwrite:
+            for path in train.held(args.out):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if self.file.exists():
+            with naming(f"{self.file} could not be read"):
+                content = json.loads(self.file.read_text())
+                found, self.done = content["common"], content["runs"]
+            found = {"equal_norm": False} | self.defaults | found
+            for key, value in self.common.items():
+                other = f"--out {args.out} holds runs with {key} {found[key]}, not {value}"
+                require(found[key] == value, other)
+        self.save()
+
+    def save(self) -> None:
+        self.args.out.mkdir(parents=True, exist_ok=True)
+        train.write_json(self.file, {"common": self.common, "runs": self.done})
+
+    def of(self, method: dict, seed: int = 0, **changes) -> dict:
+        """The result of one run."""
+        job = argparse.Namespace(**self.options | method | {"seed": seed} | changes)
+        for result in self.done:
+            if self.defaults | result["settings"] == train.settings(job):
+                return result
+        title = f"run {len(self.done) + 1}"
+        name = "-".join(f"{key}-{getattr(job, key)}" for key in VARIED)
+        print(f"\n=== {title}: {name}", flush=True)
+        job.floor = job.init == "quailora"  # for layers.png
+        file = self.calibration(job)
+        job.out = self.args.out / "runs" / re.sub(r"[^\w.-]", "_", name)
+        in_process(title, run, job, file=file, equal_norm=self.args.equal_norm)
+        self.done += json.loads((job.out / "results.json").read_text())["runs"]
+        self.save()
+        for folder in (job.out / "start", *job.out.glob("checkpoint-*")):
+            shutil.rmtree(folder)
+        return self.done[-1]
+
+    def calibration(self, job: argparse.Namespace) -> Path | None:
+        """The file that calibrate() writes, where all H fit at once."""
+        job.out = self.args.out / "runs" / "shared"
+        data = re.sub(r"[^\w.-]", "_", job.calibration_data or job.data)
+        file = job.out / f"H-{data}.pt"
+        fits = job.calibration_memory == math.inf and not job.sequential
+        if fits and not file.exists():
+            in_process("calibration", calibrate, job, file=file)
+        return file if fits else None
+
+    def seeds(self, method: dict, **changes) -> list[dict]:
+        return [self.of(method, seed, **changes) for seed in range(self.args.seeds)]
+
+
+# -------------------------------------------------------------------------------------- tables
+
+
+def row(title: str, cells: list) -> str:
+    return f"| {' | '.join([title, *cells])} |"
+
+
+def head(cells: list, title: str = "") -> list[str]:
+    return [row(title, cells), "|---" * (len(cells) + 1) + "|"]
+
+
+def mean_cell(values: list[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{deviation}"
+
+
+def gap_cell(mean: dict[str, float], title: str, base: str, reference: str) -> str:
+    """Gap closed: (QLoRA's perplexity - this one's) / (QLoRA's - the reference's)."""
+    gap = mean[base] - mean[reference]
+    closed = (mean[base] - mean[title]) / gap if gap > 0 else math.nan
+    return "" if title == base or math.isnan(closed) else f"{closed:.0%}"
+
+
+def comparison(methods: dict[str, list[dict]]) -> list[str]:
+    """A Markdown table of means over seeds: QLoRA's first, the two references last."""
+    base, *_, eight, full = methods
+    curve = methods[base][0]["perplexity"]
+    ends = [0] if len(curve) == 1 else [0, -1]
+    merges = any("QA-LoRA" in title for title in methods)
+    gaps = "gap closed to 8 bits | to full precision"
+    columns = [f"step {curve[end][0]} | {gaps}" for end in ends]
+    columns += ["merged into its bits"] * merges
+    columns += ["seconds to calibrate + initialize", "peak MB"]
+    lines = head(" | ".join(columns).split(" | "))
+    for title, runs in methods.items():
+        cells = []
+        for end in ends:
+            found = {t: [run["perplexity"][end][1] for run in methods[t]] for t in methods}
+            mean = {t: statistics.fmean(values) for t, values in found.items()}
+            cells.append(mean_cell(found[title]))
+            cells += [gap_cell(mean, title, base, reference) for reference in (eight, full)]
+        merged = [run["merged_perplexity"] for run in runs if "merged_perplexity" in run]
+        cells += [mean_cell(merged) if merged else ""] * merges
+        initialize = sum(layer["seconds"] for layer in runs[0]["layers"])
+        cells.append(f"{runs[0]['seconds'].get('calibrate', 0):.0f} + {initialize:.0f}")
+        cells.append(f"{max(run['peak_memory_mb'] for run in runs):,.0f}")
+        lines.append(row(title, cells))
+    return lines
+
+
+def tuned_table(runs: Runs, methods: dict[str, dict]) -> list[str]:
+    """Each method at its best learning rate."""
+    tuned = {}
+    for title, method in methods.items():
+        trials = {lr: runs.of(method, lr=lr)["selection_perplexity"] for lr in runs.args.sweep}
+        finite = [lr for lr in trials if not math.isnan(trials[lr])]
+        best = min(finite or trials, key=trials.get)
+        tuned[f"{title}, at {best:g}"] = runs.seeds(method, lr=best)
+    return ["\n### Each at its best learning rate\n", *comparison(tuned)]
+
+
+def calibrations_table(runs: Runs) -> list[str]:
+    """QuAILoRA calibrated on other data."""
+    args, ours = runs.args, {"init": "quailora", "bits": runs.args.bits}
+    lines = [f"\n### QuAILoRA fine-tuned on {args.data}\n"]
+    lines += head(["step 0", f"step {args.steps}"], "calibrated on")
+    for data in [args.calibration_data, *args.calibrations]:
+        curve = runs.of(ours, calibration_data=data)["perplexity"]
+        cells = [f"{perplexity:.3f}" for _, perplexity in (curve[0], curve[-1])]
+        lines.append(row(data or "the same", cells))
+    return lines
+
+
+def by_rank(runs: Runs, methods: dict[str, dict]) -> dict[tuple, dict]:
+    """(title, step) -> rank -> perplexity, at step 0 and for some ranks after fine-tuning."""
+    ranks, values = runs.args.ranks, {}
+    trained = {ranks[0], ranks[len(ranks) // 2], ranks[-1], runs.args.rank}
+    for title, method in methods.items():
+        for rank in ranks if method["bits"] == runs.args.bits else ():
+            changes = {"rank": rank} if rank in trained else {"rank": rank, "steps": 0}
+            if rank not in trained and method["init"] in ZERO:
+                changes = {}  # at step 0 there is no adapter, so one rank is as another
+            curve = runs.of(method, **changes)["perplexity"]
+            for step, value in (curve[0], curve[-1]) if rank in trained else curve[:1]:
+                values.setdefault((title, step), {})[rank] = value
+    return values
+
+
+def ranks_table(values: dict[tuple, dict], ranks: list[int]) -> list[str]:
+    lines = ["\n### By rank\n", *head([str(rank) for rank in ranks])]
+    for (title, step), found in values.items():
+        cells = [f"{found[rank]:.3f}" if rank in found else "" for rank in ranks]
+        lines.append(row(f"{title}, step {step}", cells))
+    return lines
+
+
+# ------------------------------------------------------------------------------------- figures
+
+
+def style_of(method: dict) -> dict:
+    _, *style = INITS[method["bits"] if method["bits"] > 4 else method["init"]]
+    style = dict(zip(("color", "marker", "linestyle"), style, strict=True))
+    if method["method"] == "qa-lora":
+        style |= {"marker": "h", "linestyle": (0, (4, 1, 1, 1))}
+    return style
+
+
+def save_figure(figure, axes, file: Path, x: str, y: str = "validation perplexity") -> None:
+    axes.set(xlabel=x, ylabel=y)
+    crowded = len(axes.lines) >= 8
+    figure.legend(loc="outside right upper") if crowded else axes.legend()
+    figure.savefig(file)
+
+
+def figures(runs: Runs, methods: dict[str, dict], ranks: dict[tuple, dict]) -> None:
+    """perplexity.png, layers.png and, with --ranks, rank.png."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams.update({
+        "figure.figsize": (6.4, 4), "figure.dpi": 150, "figure.constrained_layout.use": True,
+        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+    })  # fmt: skip
+    args = runs.args
+    figure, axes = plt.subplots()
+    for title, method in methods.items():
+        curves = [run["perplexity"] for run in runs.seeds(method)]
+        means = [statistics.fmean(p for _, p in points) for points in zip(*curves, strict=True)]
+        axes.plot([step for step, _ in curves[0]], means, label=title, **style_of(method))
+    x = f"steps of {args.batch_size * args.accumulation * args.sequence_length:,} tokens"
+    save_figure(figure, axes, args.out / "perplexity.png", x)
+
+    figure, axes = plt.subplots(figsize=(4.8, 4.4))
+    for title, method in methods.items():
+        ours = method | {"init": "quailora"}  # whose run knows the floors
+        if method["init"] in ZERO or ours not in methods.values():
+            continue
+        rows = zip(runs.of(ours)["layers"], runs.of(method)["layers"], strict=True)
+        rows = [(a, b) for a, b in rows if a.get("floor") and b["calibrated"]]
+        pairs = [(a["floor"], b["initialized"]) for a, b in rows]
+        if pairs:
+            style = style_of(method) | dict(linestyle="", markersize=3, alpha=0.7)
+            axes.plot(*zip(*pairs, strict=True), label=title, **style)
+    axes.plot([0, 1], [0, 1], color="gray", linewidth=0.8, label="the least for the nearest Q")
+    x = "least possible error of a layer / plain quantization's"
+    save_figure(figure, axes, args.out / "layers.png", x, "error / plain quantization's")
+
+    if ranks:
+        figure, axes = plt.subplots()
+        for (title, step), found in ranks.items():
+            style = style_of(methods[title]) | {"linestyle": "-" if step else "--"}
+            axes.plot(list(found), list(found.values()), label=f"{title}, step {step}", **style)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(args.ranks, [str(rank) for rank in args.ranks])
+        save_figure(figure, axes, args.out / "rank.png", "rank r of the adapter")
+
+
+def compare(args: argparse.Namespace) -> None:
+    check_options(args)
+    runs, methods = Runs(args), methods_of(args)
+    for seed in range(args.seeds):  # all methods with one seed before the next one
+        for method in methods.values():
+            runs.of(method, seed)
+    lines = [f"### {args.model}, {args.data}: learning rate {args.lr:g}\n"]
+    lines += comparison({title: runs.seeds(method) for title, method in methods.items()})
+    lines += tuned_table(runs, methods) if args.sweep else []
+    lines += calibrations_table(runs) if args.calibrations else []
+    ranks = by_rank(runs, methods) if args.ranks else {}
+    lines += ranks_table(ranks, args.ranks) if args.ranks else []
+    figures(runs, methods, ranks)
+    print("", *lines, f"\nresults and figures: {args.out}", sep="\n")
+
+
+def main(argv=None) -> None:
+    train.attempt(compare, parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()
