@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """QuAILoRA: quantization-aware initialization for LoRA (arXiv 2410.14713), in one file.
 
-QLoRA fine-tunes a LoRA adapter on a base that was rounded to 4 bits, and starts the adapter at
-zero. QuAILoRA starts it where it cancels as much of the rounding as rank r can, on inputs that
-the layer really sees. One problem a linear layer, solved by alternating least squares (ALS):
+QLoRA trains a LoRA adapter, started at zero, on a base rounded to 4 bits. QuAILoRA starts it where
+it cancels as much of the rounding as rank r can, on inputs that the layer really sees. One problem
+a linear layer, solved by alternating least squares (ALS):
 
     (1)  min over A, B of  1/2 || (W - (Q + A B^T)) X ||_F^2
 
@@ -68,11 +68,10 @@ def svd_init(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def als_init(E: Tensor, H: Tensor, rank: int, steps=20, return_errors=False):
     """QuAILoRA: A and B by (3) to (6), with `steps` rounds of (5) and (6).
 
-    E: (out, in), the rounding error W - Q. H: (in, in), X X^T, of any scale, may be singular.
-    Returns A (out, r) and B (in, r) in float32, or float64 if E is, in the form of (4).
-    With return_errors also the 2 steps + 1 values of objective (1), at the start and after every
-    (5) and (6), for two products with H a step; the factors are the same. Raises ValueError if
-    rank is not within 1 .. min(out, in), the shapes do not fit, or E or H is not finite."""
+    E: (out, in), W - Q. H: (in, in), X X^T, of any scale, may be singular. Returns A (out, r) and
+    B (in, r) in the form of (4), in float32, or float64 if E is; with return_errors also objective
+    (1) at the start and after every (5) and (6), for two products with H a step. Raises ValueError
+    if rank is not within 1 .. min(out, in), the shapes do not fit, or E or H is not finite."""
     _check(E, H, rank)
     E = _float(E)
     H = H.to(E.dtype)
@@ -105,14 +104,15 @@ def exact_init(E: Tensor, H: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     P, R = qr(E.double())  # E = P R: the same problem for R, of min(out, in) rows
     U = torch.linalg.eigh(R @ H.double() @ R.T).eigenvectors[:, -rank:]  # in ascending order
     A, B = _balanced(P @ U, R.T @ U)
-    return A.to(_float(E).dtype), B.to(_float(E).dtype)
+    dtype = _float(E).dtype
+    return A.to(dtype), B.to(dtype)
 
 
 @_exactly
 def calibrated_error(E: Tensor, A: Tensor, B: Tensor, H: Tensor | None) -> float:
     """Objective (1), 1/2 || (E - A B^T) X ||_F^2 = 1/2 tr (E - A B^T) H (E - A B^T)^T, computed in
-    the dtype of E - A B^T, summed in float64. H = None is the identity: (2), without data."""
-    D = E - A @ B.T
+    the dtype of A and B, summed in float64. H = None is the identity: (2), without data."""
+    D = torch.addmm(E.to(A.dtype), A, B.T, alpha=-1)
     H = H if H is None else H.to(D.dtype)
     parts = ((rows if H is None else rows @ H) * rows for rows in D.split(1024))
     error = sum(part.sum(dtype=torch.float64) for part in parts)
@@ -146,8 +146,7 @@ def _balanced(A, B):
 
 
 def _float(M):
-    """M in float32, or float64 if it is."""
-    return M.to(torch.promote_types(M.dtype, torch.float32))
+    return M.to(torch.promote_types(M.dtype, torch.float32))  # float64 stays
 
 
 def _check(W, H=None, rank=1, name="", alpha=1, init="svd", steps=0):
@@ -178,12 +177,11 @@ def _check(W, H=None, rank=1, name="", alpha=1, init="svd", steps=0):
 def quantize(W: Tensor, bits=4, block_size=64, double_quant=True) -> QuantizedWeight:
     """Round W, (out, in) of any float dtype, to the nearest level of its block.
 
-    4 bits: NF4 (arXiv 2305.14314) in blocks of `block_size` weights, rows joined; `double_quant`
-    rounds their scales to 8 bits too. Bit for bit what bitsandbytes makes on a CPU, if installed;
-    without it 2 of 1,000 scales differ, where its code misses the nearest. 2, 3 bits: NormalFloat
-    likewise. 8 bits: int8 with a scale a row, as in LLM.int8 (arXiv 2208.07339). 16 bits: W as it
-    is, for plain LoRA beside the others. Raises ValueError if W is not a finite 2-D float matrix,
-    or for other bits or block sizes."""
+    2, 3, 4 bits: NormalFloat (arXiv 2305.14314) in blocks of `block_size` weights, rows joined;
+    `double_quant` rounds their scales to 8 bits too. With 4, NF4, bit for bit what bitsandbytes
+    makes on a CPU, if installed; without it 2 of 1,000 scales differ, where its code misses the
+    nearest. 8 bits: int8 with a scale a row, as in LLM.int8 (arXiv 2208.07339). 16 bits: W as it
+    is. Raises ValueError for a W that is not 2-D, float and finite, and other bits or sizes."""
     _check(W)
     if bits not in (2, 3, 4, 8, 16):
         raise ValueError(f"bits must be 2, 3, 4, 8 or 16, got {bits}")
@@ -192,11 +190,12 @@ def quantize(W: Tensor, bits=4, block_size=64, double_quant=True) -> QuantizedWe
     make = partial(QuantizedWeight, W.shape, W.dtype, bits)
     if bits == 16:
         return make(None, codes=W.clone())
+    W = W.float()
     if bits == 8:
-        absmax = W.float().abs().amax(1)
-        codes = W.float() * (127 / absmax.clamp(min=1e-36))[:, None]
+        absmax = W.abs().amax(1)
+        codes = W * (127 / absmax.clamp(min=1e-36))[:, None]
         return make(None, codes=codes.round().to(torch.int8), absmax=absmax)
-    codes, absmax = _round_blocks(W.float().reshape(-1), normal_float(bits), block_size)
+    codes, absmax = _round_blocks(W.reshape(-1), normal_float(bits), block_size)
     buffers = {"codes": _pack(codes, bits)[:, None], "absmax": absmax}
     if double_quant:
         offset, kernels = absmax.mean(), QuantizedWeight.kernels
@@ -207,9 +206,9 @@ def quantize(W: Tensor, bits=4, block_size=64, double_quant=True) -> QuantizedWe
 
 
 class QuantizedWeight(nn.Module):
-    """Q = scale * level. Buffers: `codes`, uint8 as in `_pack`, or int8 (out, in), or for 16 bits W
-    itself; `absmax`, the float32 scale of each block or row, or with double quantization its
-    uint8 code, with `nested_absmax`, a float32 for 256 of them, and `offset`, a float32."""
+    """Q = scale * level. Buffers: `codes`, uint8 as in `_pack`, int8 (out, in) or with 16 bits W;
+    `absmax`, the float32 scale of each block or row, or with double quantization its uint8 code,
+    with `nested_absmax`, a float32 for 256 of them, and `offset`, a float32."""
 
     format, kernels, group_size = "nf", None, None  # the last two: of sections 6 and 8
 
@@ -261,7 +260,7 @@ class QuantizedWeight(nn.Module):
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """x Q^T for a frozen Q. Keeps the codes for backward, where F.linear would keep Q."""
+    """Keeps the codes for backward, where F.linear would keep Q."""
 
     @staticmethod
     def forward(ctx, x, base):
@@ -301,9 +300,10 @@ def normal_float(bits: int, device=None) -> Tensor:
     normal distribution, scaled to [-1, 1], half of them above an exact zero, one fewer below."""
     half = 2 ** (bits - 1)
     most = round(1 - (0.5 / 2**bits + 0.5 / (2**bits - 1)) / 2, 7)  # 7 digits, as bitsandbytes' NF4
-    shares = [torch.linspace(most, 0.5, n + 1)[:-1].double() for n in (half, half - 1)]
-    above, below = [torch.special.ndtri(share).float() for share in shares]
-    return (torch.cat([-below, torch.zeros(1), above.flip(0)]) / above[0]).to(device)
+    above = torch.special.ndtri(torch.linspace(0.5, most, half + 1).double())  # 0 and up
+    below = torch.special.ndtri(torch.linspace(most, 0.5, half)[:-1].double())
+    levels = torch.cat([-below, above]).float()
+    return (levels / levels[-1]).to(device)
 
 
 @cache
@@ -320,10 +320,10 @@ def dynamic_map(device=None) -> Tensor:
 
 
 def split_product(A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """lora_A (r, in) and lora_B (out, r) with scaling * lora_B lora_A = A B^T: the factors that
-    training starts from. (1) fixes only their product, but the gradient of each is multiplied by
-    the other. Here lora_A has orthogonal rows, together of the norm of a normal draw of deviation
-    1 / sqrt(r), and lora_B takes the rest: not as in (4), README.md says what it is worth."""
+    """lora_A (r, in) and lora_B (out, r) with scaling * lora_B lora_A = A B^T, to train from. (1)
+    fixes their product alone, but the gradient of each is multiplied by the other: lora_A gets
+    orthogonal rows, of the norm of a normal draw of deviation 1 / sqrt(r), and lora_B the rest.
+    Not as in (4): README.md says what it is worth."""
     V, R = qr(B.double())  # B = V R
     size = math.sqrt(len(B) / B.shape[1])
     lora_B = A.double() @ R.T / (size * scaling)
@@ -339,7 +339,7 @@ class Init(NamedTuple):
 
 
 def _zero_init(E, H, rank, steps):
-    return E.new_zeros(len(E), rank), torch.randn_like(E.new_zeros(E.shape[1], rank))
+    return E.new_zeros(len(E), rank), E.new_empty(E.shape[1], rank).normal_()
 
 
 INITS = {
@@ -351,9 +351,8 @@ INITS = {
 
 
 class LoRALinear(nn.Module):
-    """A linear layer with a frozen quantized weight and a trainable low-rank update.
-    `base` is the QuantizedWeight; `lora_A` (r, in) and `lora_B` (out, r) are the trainable
-    parameters, in float32 (or float64); `bias`, (out,) or None, is frozen."""
+    """x -> Q x + scaling lora_B lora_A x + bias. `base`, a QuantizedWeight, and `bias`, (out,) or
+    None, are frozen; `lora_A` (r, in) and `lora_B` (out, r) train, in float32 (or float64)."""
 
     # of from_linear: the layer's class before; whether Q is another than quantize(W); what it did
     kind, own_base, init, report = nn.Linear, False, None, None
@@ -366,7 +365,7 @@ class LoRALinear(nn.Module):
         self.set_adapter(lora_A, lora_B, alpha, rslora)
 
     def set_adapter(self, lora_A, lora_B, alpha, rslora=False):
-        """None for no adapter: x -> Q x. A factor that is a Parameter already stays that one."""
+        """None for no adapter: x -> Q x. A factor that is a Parameter stays that one."""
         self.rank = 0 if lora_A is None else len(lora_A)
         self.alpha, self.rslora = alpha, rslora
         self.scaling = alpha / max(1, math.sqrt(self.rank) if rslora else self.rank)
@@ -383,9 +382,8 @@ class LoRALinear(nn.Module):
         cls, linear, H=None, rank=64, alpha=16, bits=4, init="quailora", steps=20, rslora=False,
         floor=False, **layout,
     ):  # fmt: skip
-        """Quantize `linear` (nn.Linear or Conv1D) and start its adapter from H = X X^T, (in, in);
-        None stands for the identity. Options and errors raised as for `apply_quailora`; what a
-        row of that holds is kept as `report`."""
+        """Quantize `linear` (nn.Linear or Conv1D) and start its adapter from H, (in, in), or None
+        for the identity. Options, errors raised and `report` as `apply_quailora` has them."""
         W, began = _weight(linear), time.perf_counter()
         _check(W, H, rank, "", alpha, init, steps)
         method = INITS[init]
@@ -400,16 +398,19 @@ class LoRALinear(nn.Module):
         E = _rounding_error(W, base)
         A, B = solve(E, H)
         factors = split_product(A, B, alpha / (math.sqrt(rank) if rslora else rank))
-        layer = cls(base, *factors, alpha, rslora, linear.bias).train(linear.training)
+        layer = cls(base, *factors, alpha, rslora, linear.bias)
         layer.kind, layer.init, layer.own_base = type(linear), init, own_base
         layer.report = {"seconds": time.perf_counter() - began}
-        whole = calibrated_error(_rounding_error(W, plain), 0 * A, B, H)
-        found = {"initialized": (A, B)}
+        left = {"initialized": calibrated_error(E, A, B, H)}
         if floor:
-            found["floor"] = cls.solver("exact", rank, steps, **layout)(E, H)
-        for key, factors in found.items():
-            left = calibrated_error(E, *factors, H)  # of what plain quantization leaves
-            layer.report[key] = math.sqrt(left / whole) if whole else 0.0
+            least = cls.solver("exact", rank, steps, **layout)(E, H)
+            left["floor"] = calibrated_error(E, *least, H)
+        if own_base:
+            whole = calibrated_error(_rounding_error(W, plain), 0 * A, B, H)
+        else:  # B is the best for A: what A B^T takes of E X is orthogonal to what it leaves
+            HB = B if H is None else H.to(B.dtype) @ B
+            whole = left["initialized"] + (A.T @ A * (B.T @ HB)).sum().item() / 2
+        layer.report |= {key: math.sqrt(error / (whole or 1)) for key, error in left.items()}
         return layer
 
     def forward(self, x):
@@ -426,14 +427,14 @@ class LoRALinear(nn.Module):
         return x
 
     def update(self):
-        """What the adapter adds to Q, (out, in)."""
+        """What is added to Q, (out, in)."""
         return self.scaling * self.lora_B @ self.lora_A
 
     @_exactly
     def merged_weight(self):
         """Q + scaling * lora_B lora_A, (out, in), in the dtype of the factors; without them Q."""
         if not self.rank:
-            return self.base.dequantize(_float(self.base.scales()).dtype)
+            return self.base.dequantize(self.base.scales().dtype)
         return self.base.dequantize(self.lora_A.dtype) + self.update()
 
     def merged(self):
@@ -472,39 +473,36 @@ def apply_quailora(
     model: nn.Module, batches: Iterable | None, rank=64, alpha=16, bits=4, init="quailora",
     steps=20, rslora=False, skip=(), H=None, memory=math.inf, floor=False, progress=list, **layout,
 ) -> list[dict]:  # fmt: skip
-    """Replace every layer of `linear_layers` by a LoRALinear, in place, and freeze everything but
-    the adapters.
+    """Replace the `linear_layers` by LoRALinears, in place, and freeze all but their adapters.
 
     batches: calibration data as for `input_correlations`, or None where `H` holds what that
     returned, or `init`, one of INITS, needs none. bits, layout (block_size, double_quant): as for
-    `quantize`. steps: of ALS. memory: bytes that all H together may take; layers beyond it are
-    done in further passes over `batches`. progress wraps the list of names: tqdm, say.
+    `quantize`. memory: bytes that all H together may take; layers beyond it are done in further
+    passes over `batches`. progress wraps the list of names: tqdm, say.
 
     Returns a dict for each layer: `name`; `shape`, (out, in); `calibrated`, whether X is data, or
-    X X^T the identity; `initialized`, what is left of the rounding error of the plain quantized
-    layer, || (W - (Q + A B^T)) X || over || (W - quantize(W)) X ||; with floor=True `floor`, the
-    least of that for this Q and rank (slow on large layers); `seconds`, without these errors.
-    Raises ValueError, with the model as it was, for options out of range, an H that does not fit,
-    and NaN or inf in a weight."""
+    X X^T the identity; `initialized`, || (W - (Q + A B^T)) X || over || (W - quantize(W)) X ||;
+    with floor=True `floor`, the least of that for this Q and rank (slow on large layers);
+    `seconds`, without these errors. Raises ValueError, with the model as it was, for options out
+    of range, an H that does not fit, and NaN or inf in a weight."""
     skip = [skip] if isinstance(skip, str) else [*skip]
-    options = dict(rank=rank, alpha=alpha, bits=bits, init=init, steps=steps, rslora=rslora)
-    layers, start = prepared(model, skip, H, floor=floor, **options, **layout)
-    calibrated, order, done = H is not None or batches is not None, list(layers), {}
+    options = rank, alpha, bits, init, steps, skip, H, rslora, floor
+    layers, start = prepared(model, *options, **layout)
+    calibrated = H is not None or batches is not None
     if INITS[init].needs_data and not calibrated:
         raise ValueError(f"init {init!r} needs calibration data: batches or H")
+    names, done = list(layers), {}
     while layers:
+        found = dict(H or dict.fromkeys(names))
         if H is None and calibrated:
             found = input_correlations(model, batches, [*skip, *done], memory)
-        else:
-            found = dict(H or dict.fromkeys(order))
-        names = [name for name in order if name in found and name not in done]
-        last = len(done) + len(names) == len(order)
-        for name in progress(names):
+        last = layers.keys() <= found.keys() | done.keys()  # then full precision can go
+        for name in progress([name for name in names if name in found]):
             done[name] = start(layers[name], found.pop(name))
-            for ready in done.keys() & layers.keys() if last else ():  # full precision can go
+            for ready in done.keys() & layers.keys() if last else ():
                 _replace(model, layers.pop(ready), done[ready])
     _freeze_base(model)
-    return [_row(name, done[name], calibrated) for name in order]
+    return [_row(name, done[name], calibrated) for name in names]
 
 
 def _row(name, layer, calibrated):
@@ -517,10 +515,9 @@ def _freeze_base(model):
 
 
 def linear_layers(model: nn.Module, skip=()) -> dict[str, nn.Module]:
-    """The layers to replace, by name: every nn.Linear and Conv1D but heads, weights tied to an
-    embedding, and those in `skip`. Heads are what a transformers model has outside its
-    `base_model`, and its output embedding. Subclasses of nn.Linear are left alone: their forward
-    is not known. Raises ValueError if a name in `skip` does not exist."""
+    """The layers to replace, by name: every nn.Linear (no subclass: its forward is not known) and
+    Conv1D but those in `skip`, weights tied to an embedding, and heads: what a transformers model
+    has outside its `base_model`, and its output embedding. ValueError if `skip` has other names."""
     skip = {skip} if isinstance(skip, str) else set(skip)
     if unknown := skip - dict(model.named_modules()).keys():
         raise ValueError(f"nothing to skip by the name {min(unknown)!r}")
@@ -536,34 +533,33 @@ def linear_layers(model: nn.Module, skip=()) -> dict[str, nn.Module]:
     }
 
 
-def prepared(model, skip=(), H=None, rank=64, alpha=16, bits=4, init="quailora", steps=20, **more):
-    """`linear_layers`, and linear, H -> the layer in its place; or ValueError for what
-    `apply_quailora` would stop at."""
+def prepared(
+    model, rank, alpha, bits, init, steps, skip=(), H=None, rslora=False, floor=False, **layout
+):  # fmt: skip
+    """`linear_layers`, and linear, H -> what replaces it; ValueError for what would stop that."""
     if not (layers := linear_layers(model, skip)):
         raise ValueError(f"{type(model).__name__} has no linear layers to replace")
-    kind = next((LAYER_OF[option] for option in more if option in LAYER_OF), LoRALinear)
-    options = dict(rank=rank, alpha=alpha, bits=bits, init=init, steps=steps) | more
-    layout = more.keys() - {"rslora", "floor"}
+    kind = next((LAYER_OF[option] for option in layout if option in LAYER_OF), LoRALinear)
     for name, layer in layers.items():
         W = _weight(layer)
         if H is not None and name not in H:
             raise ValueError(f"H has nothing for {name}")
         _check(W, H and H[name], rank, name, alpha, init, steps)
-        kind.rounding(torch.zeros(1, W.shape[1]), bits, **{key: more[key] for key in layout})
-    return layers, partial(kind.from_linear, **options)
+        kind.rounding(torch.zeros(1, W.shape[1]), bits, **layout)
+    options = dict(rank=rank, alpha=alpha, bits=bits, init=init, steps=steps)
+    return layers, partial(kind.from_linear, **options, rslora=rslora, floor=floor, **layout)
 
 
 @torch.no_grad()
 def input_correlations(model: nn.Module, batches: Iterable, skip=(), memory=math.inf) -> dict:
-    """name -> H = X X^T, (in, in) in float32 or float64, of every layer in `linear_layers`, over
-    all of `batches`. Layers that read the same tensor share one H. Layers whose H do not fit in
-    `memory` bytes beside those of the layers called before are left out, for another pass.
+    """name -> H = X X^T, (in, in) in float32 or float64, of each of `linear_layers`, over all of
+    `batches`, and over all processes of torch.distributed; one H for all that read the same tensor.
+    Layers whose H do not fit in `memory` bytes, in the order of calls, are left for another pass.
 
     A batch is what the model takes: keyword arguments as a mapping (`labels` are dropped), a tuple,
     or a tensor. Positions where a 2-D `attention_mask` is 0 do not count. The model runs in eval
-    mode and without its head. In a torch.distributed process group each process gives batches of
-    its own, and all get the sum. Raises ValueError if a layer reads nothing, NaN or inf, or one H
-    is beyond `memory`; RuntimeError if two layers read the same tensor in some calls only."""
+    mode and without its head. Raises ValueError if a layer reads nothing, NaN or inf, or one H is
+    beyond `memory`; RuntimeError if two layers read the same tensor in some calls only."""
     layers, H, mask = linear_layers(model, skip), {}, None
     readers = {name: [] for name in layers}  # for each call, the first reader of the same tensor
     last = None, 0, ""  # the tensor that was read last, its version, its first reader
@@ -609,8 +605,7 @@ def _arguments(batch, device):
         return batch if isinstance(batch, tuple | list) else [batch], {}, None
     batch.pop("labels", None)
     mask = batch.get("attention_mask")
-    counts = mask is not None and mask.ndim == 2 and not mask.all()
-    return (), batch, mask.bool().reshape(-1) if counts else None
+    return (), batch, mask.bool().reshape(-1) if mask is not None and mask.ndim == 2 else None
 
 
 def _tokens(x, mask):
@@ -637,7 +632,7 @@ def _evaluating(model):
     return stack
 
 
-def _replace(model, old, new) -> None:
+def _replace(model, old, new):
     """In all places where `old` is registered."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module is old:
@@ -645,9 +640,8 @@ def _replace(model, old, new) -> None:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Turn every LoRALinear back into the layer it replaced, with Q + scaling * lora_B lora_A for
-    its weight, in place: `merge(model).save_pretrained(folder)` is a full-precision checkpoint.
-    A QALoRALinear is merged into its zero points instead and stays."""
+    """Turn every LoRALinear back into the layer it replaced, with its `merged_weight`, in place:
+    `merge(model).save_pretrained(folder)` is a full-precision checkpoint."""
     for layer in [m for m in model.modules() if isinstance(m, LoRALinear)]:
         _replace(model, layer, layer.merged())
     return model
@@ -788,8 +782,6 @@ def _read_adapter(folder):
         with safe_open(file, "pt") as content:
             record = json.loads((content.metadata() or {})["quailora"])
             factors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file} is missing") from None
     except (json.JSONDecodeError, KeyError, SafetensorError) as error:
         raise ValueError(
             f"{file} is damaged or was not written by save_adapter: {error!r}"
@@ -878,7 +870,7 @@ def load_base(model, folder):
     modules, own, found = dict(model.named_modules()), model.state_dict(), {}
     for name, state in states.items():
         old, state = modules.get(name), json.loads(bytes(tensors.pop(state).tolist()))
-        found[name] = base, _ = _unpacked(tensors, f"{name}.weight", state)
+        found[name] = base = _unpacked(tensors, f"{name}.weight", state)
         theirs, ours = (*base.shape, base.group_size), None
         if isinstance(old, LoRALinear):
             ours = (*old.base.shape, old.base.group_size)
@@ -891,30 +883,28 @@ def load_base(model, folder):
         if key in own and own[key].shape != x.shape:
             ours, theirs = tuple(own[key].shape), tuple(x.shape)
             raise ValueError(f"{key} is {theirs} in {folder} and {ours} in the model")
-    for name, (base, kind) in found.items():  # now that all fit
-        old = modules[name]
+    for name, base in found.items():  # now that all fit
+        layer = old = modules[name]
         if not isinstance(old, LoRALinear):
-            new = kind(base.to(old.weight.device), bias=old.bias)
-            new.kind = type(old)
-            _replace(model, old, new)
-            old = new
-        old.base, old.own_base = base.to(old.base.codes.device), True
+            kind = QALoRALinear if base.group_size else LoRALinear
+            layer = kind(base.to(old.weight.device), bias=old.bias)
+            layer.kind = type(old)
+            _replace(model, old, layer)
+        layer.base, layer.own_base = base.to(layer.base.codes.device), True
     model.load_state_dict(tensors, strict=False)
     _freeze_base(model)
 
 
 def _unpacked(tensors, key, state):
-    """The weight that `_packed` wrote, taken out of `tensors`, and the kind of layer it is for."""
+    """The weight that `_packed` wrote, taken out of `tensors`."""
     mine = [name for name in tensors if name.startswith(f"{key}.")]
     buffers = {name.removeprefix(f"{key}."): tensors.pop(name) for name in mine}
     buffers = {name: x for name, x in buffers.items() if not name.endswith("quant_map")}
     if "nested_offset" in state:
         buffers["offset"] = torch.tensor(state["nested_offset"])
-    make, kind = QuantizedWeight, LoRALinear
-    if "zero" in buffers:
-        make, kind = GroupedWeight, QALoRALinear
+    make = GroupedWeight if "zero" in buffers else QuantizedWeight
     layout = state["shape"], getattr(torch, state["dtype"]), int(state["quant_type"].strip("intf"))
-    return make(*layout, state["blocksize"], codes=tensors.pop(key), **buffers), kind
+    return make(*layout, state["blocksize"], codes=tensors.pop(key), **buffers)
 
 
 # ------------------------------------------------------------------------ 6  bitsandbytes' kernels
@@ -956,9 +946,11 @@ with contextlib.suppress(ImportError):
 def loftq_base(W, H, base, rounding, solve, rounds=5):
     """LoftQ (arXiv 2310.08659): W - A B^T is rounded, then W - Q is solved for, in turn; the best
     of the rounds."""
-    return _best_base(
-        W, None, base, solve, rounds, lambda _, A, B: rounding((W - A @ B.T).to(base.dtype))
-    )
+
+    def again(_, A, B):
+        return rounding((W - A @ B.T).to(base.dtype))
+
+    return _best_base(W, None, base, solve, rounds, again)
 
 
 def cloq_base(W, H, base, rounding, solve):
@@ -985,13 +977,16 @@ def joint_base(W, H, base, rounding, solve, rounds=4):
 
 def _best_base(W, H, base, solve, rounds, again):
     """The base with the least error (1) of `rounds`, each from the one before by `again`."""
-    found = []
+    least, best = math.inf, base
     for turn in range(rounds):
-        base = again(base, A, B) if found else base  # noqa: F821
         E = _rounding_error(W, base)
         A, B = solve(E, H)
-        found.append((calibrated_error(E, A, B, H), turn, base))
-    return min(found)[2]
+        error = calibrated_error(E, A, B, H)
+        if error < least:
+            least, best = error, base
+        if turn + 1 < rounds:
+            base = again(base, A, B)
+    return best
 
 
 INITS["loftq"] = Init(INITS["svd"].solve, needs_data=False, choose=loftq_base)
@@ -999,27 +994,29 @@ INITS["cloq"] = Init(INITS["exact"].solve, needs_data=True, choose=cloq_base)
 INITS["joint"] = Init(INITS["quailora"].solve, needs_data=True, choose=joint_base)
 
 
-def residual_metric(H: Tensor, B: Tensor | None = None, damping: float = 0.03):
+def residual_metric(H, B=None, damping=0.03):
     """M, (in, in) in float64, with 1/2 e M e^T the part of (1) that the rounding errors e of a
     row, (in,), are to blame for. M is H, or given the B, (in, r), of an adapter whose best A, (5),
     takes its part of any errors, H - H B (B^T H B)^-1 B^T H. Damped by a share of its mean
     diagonal, so that H may be singular, and errors are not fitted to correlations that the
     calibration data have by chance; by more where M as rounded is not positive definite."""
-    M = H = H.double()
+    H = H.double()
+    M = H.clone()
     if B is not None:
         V = qr(B[:, B.norm(dim=0) > 0].double()).Q
         HV = H @ V
-        M = H - HV @ pinv(V.T @ HV, hermitian=True) @ HV.T
-    shift = damping * M.diagonal().mean().clamp(min=0) + 1e-9 * H.diagonal().mean() + 1e-300
-    eye = torch.eye(len(M), dtype=M.dtype, device=M.device)
-    # flipped, as it will be factored
-    while torch.linalg.cholesky_ex((M + shift * eye).flip(0, 1)).info and shift.isfinite():
+        M -= HV @ pinv(V.T @ HV, hermitian=True) @ HV.T
+    shift = damping * M.diagonal().mean().clamp(min=0)
+    shift = shift + 1e-9 * H.diagonal().mean() + 1e-300
+    M.diagonal().add_(shift)
+    while torch.linalg.cholesky_ex(M.flip(0, 1)).info and shift.isfinite():  # flipped, as factored
+        M.diagonal().add_(9 * shift)
         shift = 10 * shift
-    return M + shift * eye
+    return M
 
 
 @_exactly
-def round_calibrated(W: Tensor, base: QuantizedWeight, M: Tensor, descent: bool = False):
+def round_calibrated(W, base, M, descent=False):
     """Round W, (out, in), again to the levels and scales of `base`, input by input, each weight to
     the level where e M e^T is least, with the errors e in the inputs before it as they are, and
     those after it free to make up for it: the feedback of GPTQ, arXiv 2210.17323. With `descent`
@@ -1033,7 +1030,8 @@ def round_calibrated(W: Tensor, base: QuantizedWeight, M: Tensor, descent: bool 
     scale = base.of_each(base.scales()).to(W.dtype).T.contiguous()
     levels, codes = _levels(base), base.unpacked().T.contiguous()
     target = E + levels[codes] * scale  # W, or W + scale * zero: beside levels * scale
-    midpoints, divisor = (levels[:-1] + levels[1:]) / 2, scale.where(scale != 0, 1)
+    midpoints = (levels[:-1] + levels[1:]) / 2
+    divisor = scale.where(scale != 0, 1)
     for start in range(0, len(E), 32):
         rows = slice(start, start + 32)
         best = target[rows] + K[rows] @ E
@@ -1056,13 +1054,16 @@ def _levels(base):
 
 
 @torch.no_grad()
-def apply_sequentially(model, batches, skip=(), init="quailora", bits=4, progress=list, **options):
+def apply_sequentially(
+    model, batches, rank=64, alpha=16, bits=4, init="quailora", steps=20, skip=(), progress=list,
+    **options,
+):  # fmt: skip
     """`apply_quailora`, but each layer repairs what those before it left: from the inputs Y that
     it gets in the model as it is initialized so far, it solves min || W X - (Q + A B^T) Y ||. The
     bases are not `quantize(W)`: save them with `save_base`. Takes all batches, of sequences of one
     length, as one, twice, through the model: one half of the rows in full precision, the other as
     initialized. Raises ValueError also for an init without data, and batches of several shapes."""
-    layers, start = prepared(model, skip, None, init=init, bits=bits, **options)
+    layers, start = prepared(model, rank, alpha, bits, init, steps, skip, None, **options)
     if not INITS[init].needs_data:
         raise ValueError(f"a sequential start needs a method that uses data, not {init!r}")
     args, kwargs, mask = _arguments(_twice(batches), next(model.parameters()).device)
@@ -1106,10 +1107,12 @@ def _shifted(layer, X, Y, name):
     by 1% of the mean diagonal of H."""
     with torch.autocast(X.device.type, enabled=False):
         H, C = (_summed(M.T @ Y, name).double() for M in (Y, X))
-    damped = H + 0.01 * H.diagonal().mean().clamp(min=1e-30) * torch.eye(len(H)).to(H)
-    W, shift = _weight(layer).double(), torch.linalg.solve(damped, (C - H).T).T  # 0 where X = Y
-    linear = nn.Linear(1, 1, device="meta").train(layer.training)
-    linear.weight, linear.bias = nn.Parameter((W + W @ shift).to(H.dtype).to(X.dtype)), layer.bias
+    damped = H.clone()
+    damped.diagonal().add_(0.01 * H.diagonal().mean().clamp(min=1e-30))
+    W = _weight(layer).double()
+    W = W + W @ torch.linalg.solve(damped, (C - H).T).T  # 0 where X = Y
+    linear = nn.Linear(1, 1, device="meta")
+    linear.weight, linear.bias = nn.Parameter(W.to(X.dtype)), layer.bias
     return linear, H.to(X.dtype)
 
 
@@ -1128,7 +1131,7 @@ class GroupedWeight(QuantizedWeight):
         return self.unpacked() - self.of_each(self.zero)
 
 
-def quantize_groups(W: Tensor, bits: int = 4, group_size: int = 32, **other):
+def quantize_groups(W, bits=4, group_size=32, **other):
     """Round each `group_size` consecutive inputs of a row of W, (out, in), to 2^bits equal steps
     from their least to their greatest weight (arXiv 2309.14717); the zero point is not rounded.
     Raises ValueError for other than 2, 3, 4, 8 bits, or if group_size does not divide `in`."""
@@ -1140,9 +1143,9 @@ def quantize_groups(W: Tensor, bits: int = 4, group_size: int = 32, **other):
     if group_size < 1 or W.shape[1] % group_size:
         raise ValueError(f"group_size {group_size} does not divide in = {W.shape[1]}")
     groups, most = _float(W).reshape(-1, group_size), 2**bits - 1
-    finfo, least, size = torch.finfo(groups.dtype), groups.amin(1), groups.abs().amax(1)
-    scale = (groups.amax(1) / most - least / most).maximum(finfo.eps * size)
-    scale = scale.where(size > 0, 1).clamp(min=finfo.tiny)
+    least, size = groups.amin(1), groups.abs().amax(1)
+    scale = (groups.amax(1) / most - least / most).maximum(torch.finfo(groups.dtype).eps * size)
+    scale = scale.where(scale > 0, 1)
     zero = -least / scale
     codes = (groups / scale[:, None] + zero[:, None]).round().clamp(0, most).to(torch.uint8)
     buffers = {"codes": _pack(codes.view(-1), bits)[:, None], "absmax": scale, "zero": zero}
@@ -1154,7 +1157,7 @@ def _pooled(M, group_size):
     return M.unflatten(-1, (-1, group_size)).sum(-1)
 
 
-def pooled_problem(E: Tensor, H: Tensor, group_size: int):
+def pooled_problem(E, H, group_size):
     """F (out, in/g) and K (in/g, in/g) in float64, to stand for E and H in (1) where the adapter
     reads the inputs summed over groups, P x with P (in/g, in). With K = P H P^T and
     F = E H P^T K^+, the regression of E X on P X, as F K = E H P^T also for a singular K:
@@ -1239,9 +1242,9 @@ def demonstrate(out=384, n=512, rank=32, steps=20):
     A, B, errors = als_init(E, H, rank, steps, return_errors=True)
     qlora = calibrated_error(E, 0 * A, B, H)
     floor = calibrated_error(E, *exact_init(E, H, rank), H)
+    print(f"|| (W - (Q + A B^T)) X || of a layer ({out}, {n}), NF4, rank {rank}, over QLoRA's")
     halves = [f"round {i // 2 + 1}, after ({5 + i % 2})" for i in range(2 * steps)]
     titles = ["QLoRA, A B^T = 0", "SVD, after (4)", *halves, "floor, closed form"]
-    print(f"|| (W - (Q + A B^T)) X || of a layer ({out}, {n}), NF4, rank {rank}, over QLoRA's")
     for title, error in zip(titles, [qlora, *errors, floor], strict=True):
         left = math.sqrt(error / qlora)
         print(f"{title:20} {left:.4f}  {'#' * round(60 * left)}")
