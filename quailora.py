@@ -6,6 +6,7 @@ it cancels as much of the rounding as rank r can, on inputs that the layer reall
 a linear layer, solved by alternating least squares (ALS):
 
     (1)  min over A, B of  1/2 || (W - (Q + A B^T)) X ||_F^2
+    (2)  min over A, B of  1/2 || W - (Q + A B^T) ||_F^2       without data, that is X X^T = I
 
     (3)  E = W - Q = U S V^T                      the start: an SVD of the rounding error,
     (4)  A = U_r sqrt(S_r),  B = V_r sqrt(S_r)    cut off at rank r
@@ -17,7 +18,7 @@ a linear layer, solved by alternating least squares (ALS):
     Q          Q        (out, in)              W after rounding, `quantize(W).dequantize()`
     E          W - Q    (out, in)              rounding error
     X          X        (in, tokens)           inputs of the layer in the full-precision model
-    H          X X^T    (in, in)               their correlations; X itself is never stored
+    H          X X^T    (in, in)               their products; X itself is never stored
     A, B       A, B     (out, r), (in, r)      low-rank factors
     lora_A              (r, in)                trained; its rows span what the columns of B do
     lora_B              (out, r)               trained; scaling * lora_B lora_A = A B^T
@@ -41,7 +42,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.linalg import pinv, qr, svd
-from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 # --------------------------------------------------------------------- 1  The paper: E, H -> A, B
@@ -56,7 +56,7 @@ def _exactly(call):
 
 @_exactly
 def svd_init(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best A B^T of rank r for E, (out, in), without data: the optimum of (1) for H = I.
+    """The best A B^T of rank r for E, (out, in), without data: the optimum of (2).
     Results and errors raised as for `als_init`."""
     _check(E, None, rank)
     U, sigma, Vt = svd(_float(E), full_matrices=False)  # (3) E = U S V^T
@@ -70,19 +70,20 @@ def als_init(E: Tensor, H: Tensor, rank: int, steps=20, return_errors=False):
 
     E: (out, in), W - Q. H: (in, in), X X^T, of any scale, may be singular. Returns A (out, r) and
     B (in, r) in the form of (4), in float32, or float64 if E is; with return_errors also objective
-    (1) at the start and after every (5) and (6), for two products with H a step. Raises ValueError
-    if rank is not within 1 .. min(out, in), the shapes do not fit, or E or H is not finite."""
-    _check(E, H, rank)
+    (1) at the start and after every (5) and (6), for two products E H more a step. ValueError if
+    rank is not within 1 .. min(out, in), the shapes do not fit, or E or H is not finite."""
+    _check(E, H, rank, steps=steps)
     E = _float(E)
     H = H.to(E.dtype)
-    U, sigma, V = _truncated_svd(E, rank)  # (3) E = U S V^T
+    U, sigma, V = _truncated_svd(E, rank)  # (3) E = U S V^T, nearly: see there
     A, B = U * sigma.sqrt(), V * sigma.sqrt()  # (4) A = U_r sqrt(S_r), B = V_r sqrt(S_r)
     errors = [calibrated_error(E, A, B, H)] if return_errors else []
     EH = E @ H if len(E) < steps * rank else None  # once, where that is less than H B every time
     for _ in range(steps):
         EHB = E @ (H @ B) if EH is None else EH @ B
         # (5) A = E H B (B^T H B)^-1. The r x r factor changes the basis of A, not its span, and
-        # the span is all that (6) sees: so A gets an orthonormal basis, and nothing is inverted
+        # the span is all that (6) sees: so A gets an orthonormal basis, and nothing is inverted.
+        # With (6) this is a subspace iteration on E H E^T
         A = qr(EHB).Q
         if return_errors:
             errors.append(_error_after_5(E, A, B, H))
@@ -90,7 +91,8 @@ def als_init(E: Tensor, H: Tensor, rank: int, steps=20, return_errors=False):
         B = E.T @ A
         if return_errors:
             errors.append(calibrated_error(E, A, B, H))
-    _check(B, name="B, as E or H is too large,")
+    if not B.isfinite().all():
+        raise ValueError(f"E H is beyond the largest {E.dtype}: E or H is too large")
     A, B = _balanced(A, B)
     return (A, B, errors) if return_errors else (A, B)
 
@@ -98,8 +100,8 @@ def als_init(E: Tensor, H: Tensor, rank: int, steps=20, return_errors=False):
 @_exactly
 def exact_init(E: Tensor, H: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A global optimum of (1) in closed form (QERA, arXiv 2410.06040; CLoQ, 2501.18475): A = U_r,
-    the top r eigenvectors of E H E^T, and B^T = U_r^T E. What ALS converges to; in float64.
-    Arguments, results and errors raised as for `als_init`."""
+    the top r eigenvectors of E H E^T, and B^T = U_r^T E. ALS converges to it from all but special
+    starts. Computed in float64; arguments, results and errors raised as for `als_init`."""
     _check(E, H, rank)
     P, R = qr(E.double())  # E = P R: the same problem for R, of min(out, in) rows
     U = torch.linalg.eigh(R @ H.double() @ R.T).eigenvectors[:, -rank:]  # in ascending order
@@ -116,12 +118,12 @@ def calibrated_error(E: Tensor, A: Tensor, B: Tensor, H: Tensor | None) -> float
     H = H if H is None else H.to(D.dtype)
     parts = ((rows if H is None else rows @ H) * rows for rows in D.split(1024))
     error = sum(part.sum(dtype=torch.float64) for part in parts)
-    return max(0.0, float(error)) / 2
+    return max(float(error), 0.0) / 2  # NaN stays
 
 
 def _error_after_5(E, A, B, H):
-    """Objective (1) of the A of (5), in terms of the orthonormal basis A of its span: it is
-    A (A^T E H B) (B^T H B)^-1. The r x r system in float64."""
+    """Objective (1) after (5), from the orthonormal basis A of its span: the A of (5) is A C with
+    C = A^T E H B (B^T H B)^-1, (r, r) in float64, so its product is A (B C^T)^T."""
     B = B.double()
     HB = H.double() @ B
     C = (E.T @ A).double().T @ HB @ pinv(B.T @ HB, hermitian=True)
@@ -129,13 +131,15 @@ def _error_after_5(E, A, B, H):
 
 
 def _truncated_svd(E, rank):
-    """U (out, r), sigma (r,), V (in, r) of (3). Beyond min(out, in) = 128 from a random sketch of
-    E with two power iterations: as good a start, and the same one every time."""
-    width = min(E.shape) if min(E.shape) <= 128 else rank
-    with torch.random.fork_rng([E.device] if E.is_cuda else []):
-        torch.manual_seed(0)
-        U, sigma, V = torch.svd_lowrank(E, width)
-    return U[:, :rank], sigma[:rank], V[:, :rank]
+    """U (out, r), sigma (r,), V (in, r) of (3), from a random sketch of E and two power iterations:
+    exact where min(out, in) <= r + 24, else an approximation, and the same one every time."""
+    width, generator = min(rank + 24, *E.shape), torch.Generator(E.device).manual_seed(0)
+    V = torch.randn(E.shape[1], width, generator=generator, dtype=E.dtype, device=E.device)
+    for _ in range(2):
+        V = qr(E.T @ qr(E @ V).Q).Q
+    P = qr(E @ V).Q  # E = P P^T E, nearly
+    V, sigma, Ut = svd(E.T @ P, full_matrices=False)
+    return P @ Ut[:rank].T, sigma[:rank], V[:, :rank]
 
 
 def _balanced(A, B):
@@ -210,7 +214,7 @@ class QuantizedWeight(nn.Module):
     `absmax`, the float32 scale of each block or row, or with double quantization its uint8 code,
     with `nested_absmax`, a float32 for 256 of them, and `offset`, a float32."""
 
-    format, kernels, group_size = "nf", None, None  # the last two: of sections 6 and 8
+    kernels, format, group_size = None, "nf", None  # for sections 6, 5 and 8
 
     def __init__(self, shape, dtype, bits, block_size, **buffers):
         super().__init__()
@@ -232,8 +236,9 @@ class QuantizedWeight(nn.Module):
         dtype = dtype or self.dtype
         if self.bits == 16:
             return self.codes.to(dtype)
-        Q = self.kernels and self.kernels.dequantize(self, dtype)
-        return (self.values() * self.of_each(self.scales())).to(dtype) if Q is None else Q
+        if self.kernels and self.kernels.has(self, dtype):
+            return self.kernels.dequantize(self, dtype)
+        return (self.values() * self.of_each(self.scales())).to(dtype)
 
     def values(self):
         """The level of each weight, (out, in)."""
@@ -265,7 +270,7 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, base):
         ctx.base = base
-        return F.linear(x, base.dequantize(x.dtype))
+        return nn.functional.linear(x, base.dequantize(x.dtype))
 
     @staticmethod
     def backward(ctx, grad):
@@ -275,7 +280,7 @@ class _FrozenProduct(torch.autograd.Function):
 def _round_blocks(x, levels, block_size):
     """Scale each block of a flat float32 x to [-1, 1] and take the nearest level, at a tie the
     lower one: uint8 codes (n,) and the scales (blocks,), the largest magnitude of each block."""
-    blocks = F.pad(x, (0, -len(x) % block_size)).view(-1, block_size)
+    blocks = nn.functional.pad(x, (0, -len(x) % block_size)).view(-1, block_size)
     absmax = blocks.abs().amax(1)
     scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]
     midpoints = ((levels[:-1] + levels[1:]) / 2).to(x.device)
@@ -288,7 +293,7 @@ def _pack(codes, bits, to=8):
     2^to: into bytes, and back with (bytes, 8, bits). The last byte is filled up with level 0."""
     size = math.lcm(bits, to)  # of a word
     n = size // bits  # codes in a word
-    codes = F.pad(codes, (0, -len(codes) % n), value=2 ** (bits - 1) - 1).view(-1, n)
+    codes = nn.functional.pad(codes, (0, -len(codes) % n), value=2 ** (bits - 1) - 1).view(-1, n)
     words = sum(codes[:, i].int() << (size - bits - bits * i) for i in range(n))
     cut = [words >> shift & 2**to - 1 for shift in range(size - to, -1, -to)]
     return torch.stack(cut, 1).to(torch.uint8).view(-1)
@@ -354,7 +359,7 @@ class LoRALinear(nn.Module):
     """x -> Q x + scaling lora_B lora_A x + bias. `base`, a QuantizedWeight, and `bias`, (out,) or
     None, are frozen; `lora_A` (r, in) and `lora_B` (out, r) train, in float32 (or float64)."""
 
-    # of from_linear: the layer's class before; whether Q is another than quantize(W); what it did
+    # of from_linear: its class before, whether Q is not quantize(W), the method, the row of errors
     kind, own_base, init, report = nn.Linear, False, None, None
     rounding = staticmethod(quantize)  # W, bits, **layout -> base
 
@@ -407,9 +412,10 @@ class LoRALinear(nn.Module):
             left["floor"] = calibrated_error(E, *least, H)
         if own_base:
             whole = calibrated_error(_rounding_error(W, plain), 0 * A, B, H)
-        else:  # B is the best for A: what A B^T takes of E X is orthogonal to what it leaves
+        else:  # || E X ||^2 = || (E - A B^T) X ||^2 + 2 <E X, A B^T X> - || A B^T X ||^2
             HB = B if H is None else H.to(B.dtype) @ B
-            whole = left["initialized"] + (A.T @ A * (B.T @ HB)).sum().item() / 2
+            taken = A * (2 * E @ HB - A @ (B.T @ HB))
+            whole = left["initialized"] + taken.sum(dtype=torch.float64).item() / 2
         layer.report |= {key: math.sqrt(error / (whole or 1)) for key, error in left.items()}
         return layer
 
@@ -419,8 +425,8 @@ class LoRALinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         y = self.base(x)
         if self.rank:
-            h = F.linear(self.adapter_input(x.to(self.lora_A.dtype)), self.lora_A)
-            y = y + F.linear(h * self.scaling, self.lora_B).to(y.dtype)
+            h = nn.functional.linear(self.adapter_input(x.to(self.lora_A.dtype)), self.lora_A)
+            y = y + nn.functional.linear(h * self.scaling, self.lora_B).to(y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def adapter_input(self, x):
@@ -496,11 +502,12 @@ def apply_quailora(
         found = dict(H or dict.fromkeys(names))
         if H is None and calibrated:
             found = input_correlations(model, batches, [*skip, *done], memory)
-        last = layers.keys() <= found.keys() | done.keys()  # then full precision can go
+        last = not layers.keys() - found.keys() - done.keys()  # then full precision can go
         for name in progress([name for name in names if name in found]):
             done[name] = start(layers[name], found.pop(name))
-            for ready in done.keys() & layers.keys() if last else ():
-                _replace(model, layers.pop(ready), done[ready])
+            if last:
+                for ready in done.keys() & layers.keys():
+                    _replace(model, layers.pop(ready), done[ready])
     _freeze_base(model)
     return [_row(name, done[name], calibrated) for name in names]
 
@@ -641,7 +648,8 @@ def _replace(model, old, new):
 
 def merge(model: nn.Module) -> nn.Module:
     """Turn every LoRALinear back into the layer it replaced, with its `merged_weight`, in place:
-    `merge(model).save_pretrained(folder)` is a full-precision checkpoint."""
+    `merge(model).save_pretrained(folder)` is a full-precision checkpoint. A QALoRALinear stays,
+    merged into its zero points."""
     for layer in [m for m in model.modules() if isinstance(m, LoRALinear)]:
         _replace(model, layer, layer.merged())
     return model
@@ -919,18 +927,20 @@ class _Bitsandbytes:
         return codes, state.absmax
 
     @staticmethod
-    def dequantize(base, dtype):
-        """None where it has no kernel."""
-        n, make = base.shape.numel(), bitsandbytes.functional.QuantState
+    def has(base, dtype):
+        """Whether it unrounds `base` to `dtype`."""
         sizes = [2**i for i in range(5, 13)] if base.bits == 4 and base.format == "nf" else []
-        if base.block_size not in sizes or n % 2 or dtype == torch.float64:
-            return None
-        offset = nested = None
+        even = base.shape.numel() % 2 == 0
+        return base.block_size in sizes and even and dtype != torch.float64
+
+    @staticmethod
+    def dequantize(base, dtype):
+        make, offset, nested = bitsandbytes.functional.QuantState, None, None
         if base.double_quant:
             offset, scales = base.offset, dynamic_map(base.codes.device)
             nested = make(base.nested_absmax, None, scales, 256, dtype=torch.float32)
-        # as one row: their AVX-512 kernel mistakes the scales of a block in two rows
-        state = make(base.absmax, (1, n), None, base.block_size, "nf4", dtype, offset, nested)
+        row = 1, base.shape.numel()  # their AVX-512 kernel mistakes the scales of a block in two
+        state = make(base.absmax, row, None, base.block_size, "nf4", dtype, offset, nested)
         return bitsandbytes.functional.dequantize_4bit(base.codes, state).reshape(base.shape)
 
 
@@ -963,6 +973,8 @@ def joint_base(W, H, base, rounding, solve, rounds=4):
     best A for the last B repairs left out of account, then solved for, in turn; the best of the
     rounds."""
 
+    plain = base
+
     def again(base, A, B):
         M = residual_metric(H, B)
         if base is plain:
@@ -971,7 +983,6 @@ def joint_base(W, H, base, rounding, solve, rounds=4):
             base = round_calibrated(W, base, M, descent=True)
         return base
 
-    plain = base
     return _best_base(W, H, base, solve, rounds, again)
 
 
@@ -1101,19 +1112,19 @@ def _twice(batches):
         raise ValueError(f"a sequential start needs {wanted}") from error
 
 
-def _shifted(layer, X, Y, name):
-    """A layer with W X Y^T H^-1 in place of W, and H = Y Y^T: min || W X - V Y || is (1) for these.
-    X, Y: (tokens, in), its inputs in full precision and as initialized. The change of W is damped
-    by 1% of the mean diagonal of H."""
-    with torch.autocast(X.device.type, enabled=False):
-        H, C = (_summed(M.T @ Y, name).double() for M in (Y, X))
+def _shifted(layer, x, y, name):
+    """A layer with W X Y^T H^-1 in place of W, and H = Y Y^T: min over W' of || W X - W' Y || is
+    (1) for these. x, y: (tokens, in), X^T and Y^T, its inputs in full precision and as
+    initialized. The change of W is damped by 1% of the mean diagonal of H."""
+    with torch.autocast(x.device.type, enabled=False):
+        H, XY = (_summed(M.T @ y, name).double() for M in (y, x))
     damped = H.clone()
     damped.diagonal().add_(0.01 * H.diagonal().mean().clamp(min=1e-30))
     W = _weight(layer).double()
-    W = W + W @ torch.linalg.solve(damped, (C - H).T).T  # 0 where X = Y
+    W = W + W @ torch.linalg.solve(damped, (XY - H).T).T  # W where X = Y
     linear = nn.Linear(1, 1, device="meta")
-    linear.weight, linear.bias = nn.Parameter(W.to(X.dtype)), layer.bias
-    return linear, H.to(X.dtype)
+    linear.weight, linear.bias = nn.Parameter(W.to(x.dtype)), layer.bias
+    return linear, H.to(x.dtype)
 
 
 # ---------------------------------------- 8  QA-LoRA: an adapter that merges into the zero points
@@ -1160,7 +1171,7 @@ def _pooled(M, group_size):
 def pooled_problem(E, H, group_size):
     """F (out, in/g) and K (in/g, in/g) in float64, to stand for E and H in (1) where the adapter
     reads the inputs summed over groups, P x with P (in/g, in). With K = P H P^T and
-    F = E H P^T K^+, the regression of E X on P X, as F K = E H P^T also for a singular K:
+    F = E H P^T K^-, the regression of E X on P X, as F K = E H P^T also for a singular K:
 
         1/2 || (E - A B^T P) X ||^2 = 1/2 || (F - A B^T) P X ||^2 + 1/2 tr (E H E^T - F K F^T)
 
