@@ -43,6 +43,7 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import pinv, qr, svd
 from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 
 # --------------------------------------------------------------------- 1  The paper: E, H -> A, B
 
@@ -243,7 +244,7 @@ class QuantizedWeight(nn.Module):
     def values(self):
         """The level of each weight, (out, in)."""
         if self.bits == 8:
-            return self.codes / 127
+            return self.codes.float() / 127
         return normal_float(self.bits, self.codes.device)[self.unpacked()]
 
     def unpacked(self):
@@ -305,8 +306,9 @@ def normal_float(bits: int, device=None) -> Tensor:
     normal distribution, scaled to [-1, 1], half of them above an exact zero, one fewer below."""
     half = 2 ** (bits - 1)
     most = round(1 - (0.5 / 2**bits + 0.5 / (2**bits - 1)) / 2, 7)  # 7 digits, as bitsandbytes' NF4
-    above = torch.special.ndtri(torch.linspace(0.5, most, half + 1).double())  # 0 and up
-    below = torch.special.ndtri(torch.linspace(most, 0.5, half)[:-1].double())
+    linspace = partial(torch.linspace, dtype=torch.float32)
+    above = torch.special.ndtri(linspace(0.5, most, half + 1).double())  # 0 and up
+    below = torch.special.ndtri(linspace(most, 0.5, half)[:-1].double())
     levels = torch.cat([-below, above]).float()
     return (levels / levels[-1]).to(device)
 
@@ -315,10 +317,10 @@ def normal_float(bits: int, device=None) -> Tensor:
 def dynamic_map(device=None) -> Tensor:
     """The 256 levels for scales (arXiv 1511.04561): 0, 1, and, with both signs, the centers of
     2^i cells in the decade below 10^(i-6), i < 7."""
-    edges = [torch.linspace(0.1, 1, 2**i + 1) for i in range(7)]
+    edges = [torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32) for i in range(7)]
     centers = [10 ** (i - 6) * (edge[:-1] + edge[1:]) / 2 for i, edge in enumerate(edges)]
     centers = torch.cat(centers)
-    return torch.cat([-centers, centers, torch.tensor([0.0, 1.0])]).sort().values.to(device)
+    return torch.cat([-centers, centers, centers.new_tensor([0, 1])]).sort().values.to(device)
 
 
 # --------------------------------------------- 3  The layer: x -> Q x + scaling * lora_B lora_A x
@@ -569,16 +571,14 @@ def input_correlations(model: nn.Module, batches: Iterable, skip=(), memory=math
     beyond `memory`; RuntimeError if two layers read the same tensor in some calls only."""
     layers, H, mask = linear_layers(model, skip), {}, None
     readers = {name: [] for name in layers}  # for each call, the first reader of the same tensor
-    last = None, 0, ""  # the tensor that was read last, its version, its first reader
+    first = WeakIdKeyDictionary()  # tensor -> its version, which a write to it changes -> layer
 
     def read(name, _, args):
-        nonlocal last
         x = args[0]
-        version = 0 if x.is_inference() else x._version  # a write to x changes it
-        if x is not last[0] or version != last[1]:
-            last = x, version, name
-        readers[name].append(last[2])
-        if last[2] != name:
+        version = 0 if x.is_inference() else x._version
+        reader = first.setdefault(x, {}).setdefault(version, name)
+        readers[name].append(reader)
+        if reader != name:
             return
         x = _tokens(x, mask)
         need = x.shape[1] ** 2 * x.itemsize
@@ -712,6 +712,9 @@ def _factors(model):
     return {name: p for name, p in model.named_parameters() if name.endswith(names)}
 
 
+RECORD = "groups bits block_size double_quant check init own_base model".split()
+
+
 def _record(base):
     """What an adapter fits on, from its first layer: how it was rounded, and as a check the mean
     magnitude of Q."""
@@ -789,6 +792,7 @@ def _read_adapter(folder):
         file = folder / "adapter_model.safetensors"
         with safe_open(file, "pt") as content:
             record = json.loads((content.metadata() or {})["quailora"])
+            record = {key: record[key] for key in RECORD}
             factors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
     except (json.JSONDecodeError, KeyError, SafetensorError) as error:
         raise ValueError(
@@ -1078,9 +1082,13 @@ def apply_sequentially(
     if not INITS[init].needs_data:
         raise ValueError(f"a sequential start needs a method that uses data, not {init!r}")
     args, kwargs, mask = _arguments(_twice(batches), next(model.parameters()).device)
+    rows = len(next(x for x in [*args, *kwargs.values()] if isinstance(x, Tensor)))
     done, bar = {}, iter(progress(list(layers)))
 
     def forward(name, x):
+        if len(x) % rows:
+            why = "a sequential start cannot tell whose they are"
+            raise RuntimeError(f"{name} reads {len(x)} rows, for twice a batch {rows}: {why}")
         layer, (full, ours) = layers[name], x.chunk(2)
         if name not in done:  # a layer that is called again keeps what its first call gave
             next(bar, None)
@@ -1208,6 +1216,7 @@ class QALoRALinear(LoRALinear):
         return solve
 
     @classmethod
+    @_exactly
     def from_linear(cls, linear, H=None, rank=64, *options, group_size=32, **more):
         """As `LoRALinear.from_linear`, with group_size in place of block_size, double_quant."""
         layer = super().from_linear(linear, H, rank, *options, group_size=group_size, **more)
@@ -1255,10 +1264,10 @@ def demonstrate(out=384, n=512, rank=32, steps=20):
     floor = calibrated_error(E, *exact_init(E, H, rank), H)
     print(f"|| (W - (Q + A B^T)) X || of a layer ({out}, {n}), NF4, rank {rank}, over QLoRA's")
     halves = [f"round {i // 2 + 1}, after ({5 + i % 2})" for i in range(2 * steps)]
-    titles = ["QLoRA, A B^T = 0", "SVD, after (4)", *halves, "floor, closed form"]
+    titles = ["QLoRA, A B^T = 0", "SVD (nearly), after (4)", *halves, "floor, closed form"]
     for title, error in zip(titles, [qlora, *errors, floor], strict=True):
         left = math.sqrt(error / qlora)
-        print(f"{title:20} {left:.4f}  {'#' * round(60 * left)}")
+        print(f"{title:24} {left:.4f}  {'#' * round(60 * left)}")
 
 
 if __name__ == "__main__":

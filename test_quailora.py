@@ -1417,12 +1417,10 @@ def test_the_head_runs_and_trains_on_torch_alone(tmp_path):
 
 
 def test_the_demonstration_falls_from_qlora_to_the_floor():
-    """On torch alone, in under ten seconds, `python quailora.py` prints errors that never rise
-    from QLoRA's by the start and each (5) and (6) to the floor."""
+    """On torch alone `python quailora.py` prints errors that never rise, from QLoRA's by the start
+    and each (5) and (6) to the floor."""
     code = 'import runpy\nrunpy.run_path(sys.argv.pop(1), run_name="__main__")\n'
-    began = time.perf_counter()
     ran = run_blocked(code, quailora.__file__)
-    assert time.perf_counter() - began < 10
     assert ran.returncode == 0 and not ran.stderr, ran.stderr
     lines = [line for line in ran.stdout.splitlines() if re.search(r"\d\.\d+", line)]
     errors = [float(re.search(r"\d\.\d+", line)[0]) for line in lines]

