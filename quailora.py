@@ -170,7 +170,7 @@ def _check(W, H=None, rank=1, name="", alpha=1, init="svd", steps=0):
     if not 1 <= rank <= min(shape):
         raise ValueError(f"rank {rank} is not within 1 .. min(out, in) = {min(shape)}{of}")
     for M, entries in (W, "weights"), (H, "entries of H"):
-        if M is not None and not M.isfinite().all():
+        if M is not None and not M.sum().isfinite() and not M.isfinite().all():
             bad = (~M.isfinite()).sum()
             raise ValueError(f"{bad} of {M.numel()} {entries}{of} are NaN or inf")
 
@@ -282,20 +282,23 @@ def _round_blocks(x, levels, block_size):
     """Scale each block of a flat float32 x to [-1, 1] and take the nearest level, at a tie the
     lower one: uint8 codes (n,) and the scales (blocks,), the largest magnitude of each block."""
     blocks = nn.functional.pad(x, (0, -len(x) % block_size)).view(-1, block_size)
-    absmax = blocks.abs().amax(1)
-    scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]
-    midpoints = ((levels[:-1] + levels[1:]) / 2).to(x.device)
-    codes = torch.bucketize(scaled.view(-1)[: len(x)], midpoints, out_int32=True)
-    return codes.to(torch.uint8), absmax
+    absmax = torch.maximum(blocks.amax(1), -blocks.amin(1))
+    scaled = (blocks * (1 / absmax.clamp(min=1e-38))[:, None]).view(-1)[: len(x)]
+    codes = torch.zeros_like(scaled, dtype=torch.uint8)
+    midpoints = ((levels[:-1] + levels[1:]) / 2).tolist()
+    for part, code in zip(scaled.split(2**17), codes.split(2**17), strict=True):  # fit a cache
+        for midpoint in midpoints:
+            code += part > midpoint
+    return codes, absmax
 
 
 def _pack(codes, bits, to=8):
     """uint8 codes (n,) below 2^bits, their bits in a row, the highest first, cut into codes below
     2^to: into bytes, and back with (bytes, 8, bits). The last byte is filled up with level 0."""
     size = math.lcm(bits, to)  # of a word
-    n = size // bits  # codes in a word
+    n, dtype = size // bits, torch.uint8 if size == 8 else torch.int32  # n codes in a word
     codes = nn.functional.pad(codes, (0, -len(codes) % n), value=2 ** (bits - 1) - 1).view(-1, n)
-    words = sum(codes[:, i].int() << (size - bits - bits * i) for i in range(n))
+    words = sum(codes[:, i].to(dtype) << (size - bits - bits * i) for i in range(n))
     cut = [words >> shift & 2**to - 1 for shift in range(size - to, -1, -to)]
     return torch.stack(cut, 1).to(torch.uint8).view(-1)
 
