@@ -132,12 +132,11 @@ def _error_after_5(E, A, B, H):
 
 
 def _truncated_svd(E, rank):
-    """U (out, r), sigma (r,), V (in, r) of (3), from a random sketch of E and two power iterations:
+    """U (out, r), sigma (r,), V (in, r) of (3), from a random sketch of E and a power iteration:
     exact where min(out, in) <= r + 24, else an approximation, and the same one every time."""
     width, generator = min(rank + 24, *E.shape), torch.Generator(E.device).manual_seed(0)
     V = torch.randn(E.shape[1], width, generator=generator, dtype=E.dtype, device=E.device)
-    for _ in range(2):
-        V = qr(E.T @ qr(E @ V).Q).Q
+    V = qr(E.T @ qr(E @ V).Q).Q  # a power iteration
     P = qr(E @ V).Q  # E = P P^T E, nearly
     V, sigma, Ut = svd(E.T @ P, full_matrices=False)
     return P @ Ut[:rank].T, sigma[:rank], V[:, :rank]
