@@ -822,7 +822,7 @@ def save_base(model, folder):
     """Write the rounded model of `apply_quailora` without its adapter as a checkpoint that
     transformers loads with bitsandbytes (4-bit NormalFloat), for bases that are not `quantize(W)`:
     of loftq, cloq, joint, `apply_sequentially`. Other bits, and merged QA-LoRA models, in the same
-    keys are for `load_base`. Needs transformers; a full disk is a SafetensorError of safetensors."""
+    keys are for `load_base`. Needs transformers. A full disk is safetensors' SafetensorError."""
     layers, config, tensors = lora_layers(model), model.config, model.state_dict()
     first = next((layer.base for layer in layers.values()), None)
     if first is None or first.bits == 16:
