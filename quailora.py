@@ -614,7 +614,8 @@ def _arguments(batch, device):
         return batch if isinstance(batch, tuple | list) else [batch], {}, None
     batch.pop("labels", None)
     mask = batch.get("attention_mask")
-    return (), batch, mask.bool().reshape(-1) if mask is not None and mask.ndim == 2 else None
+    counts = mask is not None and mask.ndim == 2 and not mask.all()
+    return (), batch, mask.bool().reshape(-1) if counts else None
 
 
 def _tokens(x, mask):
