@@ -410,17 +410,11 @@ class LoRALinear(nn.Module):
         layer = cls(base, *factors, alpha, rslora, linear.bias)
         layer.kind, layer.init, layer.own_base = type(linear), init, own_base
         layer.report = {"seconds": time.perf_counter() - began}
-        left = {"initialized": calibrated_error(E, A, B, H)}
-        if floor:
-            least = cls.solver("exact", rank, steps, **layout)(E, H)
-            left["floor"] = calibrated_error(E, *least, H)
+        least = cls.solver("exact", rank, steps, **layout)(E, H) if floor else None
+        whole = None
         if own_base:
             whole = calibrated_error(_rounding_error(W, plain), 0 * A, B, H)
-        else:  # || E X ||^2 = || (E - A B^T) X ||^2 + 2 <E X, A B^T X> - || A B^T X ||^2
-            HB = B if H is None else H.to(B.dtype) @ B
-            taken = A * (2 * E @ HB - A @ (B.T @ HB))
-            whole = left["initialized"] + taken.sum(dtype=torch.float64).item() / 2
-        layer.report |= {key: math.sqrt(error / (whole or 1)) for key, error in left.items()}
+        layer.report |= _left(E, A, B, H, least, whole)
         return layer
 
     def forward(self, x):
@@ -468,6 +462,19 @@ def _rounding_error(W, base):
     return W - base.dequantize(W.dtype)
 
 
+def _left(E, A, B, H, least=None, whole=None):
+    """The errors of a row: that of A, B and that of `least`, another A, B, over the square root of
+    `whole`, by default (1) without an adapter."""
+    left = {"initialized": calibrated_error(E, A, B, H)}
+    if least:
+        left["floor"] = calibrated_error(E, *least, H)
+    if whole is None:  # || E X ||^2 = || (E - A B^T) X ||^2 + 2 <E X, A B^T X> - || A B^T X ||^2
+        HB = B if H is None else H.to(B.dtype) @ B
+        taken = A * (2 * E @ HB - A @ (B.T @ HB))
+        whole = left["initialized"] + taken.sum(dtype=torch.float64).item() / 2
+    return {key: math.sqrt(error / (whole or 1)) for key, error in left.items()}
+
+
 def _weight(linear):
     """The weight as (out, in): GPT-2's Conv1D holds it transposed."""
     weight = linear.weight.detach()
@@ -498,22 +505,43 @@ def apply_quailora(
     skip = [skip] if isinstance(skip, str) else [*skip]
     options = rank, alpha, bits, init, steps, skip, H, rslora, floor
     layers, start = prepared(model, *options, **layout)
+    calibrated = _calibrated(init, batches, H)
+    names, done = list(layers), {}
+
+    def start_layer(name, H):
+        return start(layers[name], H)
+
+    body, data = getattr(model, "base_model", model), (batches, H, memory, progress, _evaluating)
+    for name, layer, last in _in_passes(body, layers, start_layer, *data):
+        done[name] = layer
+        if last:  # full precision can go
+            for ready in done.keys() & layers.keys():
+                _replace(model, layers.pop(ready), done[ready])
+    _freeze_base(model)
+    return [_row(name, done[name], calibrated) for name in names]
+
+
+def _calibrated(init, batches, H):
+    """Whether there is data; ValueError if there is none and `init` needs it."""
     calibrated = H is not None or batches is not None
     if INITS[init].needs_data and not calibrated:
         raise ValueError(f"init {init!r} needs calibration data: batches or H")
-    names, done = list(layers), {}
-    while layers:
-        found = dict(H or dict.fromkeys(names))
-        if H is None and calibrated:
-            found = input_correlations(model, batches, [*skip, *done], memory)
-        last = not layers.keys() - found.keys() - done.keys()  # then full precision can go
-        for name in progress([name for name in names if name in found]):
-            done[name] = start(layers[name], found.pop(name))
-            if last:
-                for ready in done.keys() & layers.keys():
-                    _replace(model, layers.pop(ready), done[ready])
-    _freeze_base(model)
-    return [_row(name, done[name], calibrated) for name in names]
+    return calibrated
+
+
+def _in_passes(model, layers, start, batches, H, memory, progress, context):
+    """name, start(name, H of it), whether this is the last pass, of each layer; H as given, or
+    gathered in as many passes over `batches` as `memory` makes necessary, or None."""
+    left = dict(layers)
+    while left:
+        found = dict(H or dict.fromkeys(left))
+        if H is None and batches is not None:
+            found = _correlations(model, left, batches, memory, context)
+        names = [name for name in left if name in found]
+        last = len(names) == len(left)
+        for name in progress(names):
+            del left[name]
+            yield name, start(name, found.pop(name)), last
 
 
 def _row(name, layer, calibrated):
@@ -571,7 +599,13 @@ def input_correlations(model: nn.Module, batches: Iterable, skip=(), memory=math
     or a tensor. Positions where a 2-D `attention_mask` is 0 do not count. The model runs in eval
     mode and without its head. Raises ValueError if a layer reads nothing, NaN or inf, or one H is
     beyond `memory`; RuntimeError if two layers read the same tensor in some calls only."""
-    layers, H, mask = linear_layers(model, skip), {}, None
+    layers, body = linear_layers(model, skip), getattr(model, "base_model", model)
+    return _correlations(body, layers, batches, memory, _evaluating)
+
+
+def _correlations(model, layers, batches, memory, context):
+    """`input_correlations` of these layers, with the model in context(model)."""
+    H, mask = {}, None
     readers = {name: [] for name in layers}  # for each call, the first reader of the same tensor
     first = WeakIdKeyDictionary()  # tensor -> its version, which a write to it changes -> layer
 
@@ -591,12 +625,12 @@ def input_correlations(model: nn.Module, batches: Iterable, skip=(), memory=math
         elif not H:
             raise ValueError(f"the H of {name} takes {need} bytes, more than {memory:.0f}")
 
-    with _evaluating(model) as stack:
+    with context(model) as stack:
         for name, layer in layers.items():
             stack.enter_context(layer.register_forward_pre_hook(partial(read, name)))
         for batch in batches:
             args, kwargs, mask = _arguments(batch, next(model.parameters()).device)
-            getattr(model, "base_model", model)(*args, **kwargs)
+            model(*args, **kwargs)
     for name, found in readers.items():
         if not found:
             raise ValueError(f"{name} read nothing in calibration: is a batch there, in each pass?")
@@ -666,6 +700,7 @@ def merge(model: nn.Module) -> nn.Module:
 import copy
 import json
 import os
+import tempfile
 from pathlib import Path
 
 # ------------------------------------------------------------------ 5  Adapters on disk, and bases
@@ -1224,9 +1259,7 @@ class QALoRALinear(LoRALinear):
         """As `LoRALinear.from_linear`, with group_size in place of block_size, double_quant."""
         layer = super().from_linear(linear, H, rank, *options, group_size=group_size, **more)
         lora_A, lora_B = layer.lora_A.detach()[:, ::group_size], layer.lora_B.detach()
-        if layer.rank < rank:  # to that rank, in random directions
-            turn = qr(torch.randn(rank, layer.rank).to(lora_A)).Q
-            lora_A, lora_B = turn @ lora_A, lora_B @ turn.T
+        lora_A, lora_B = _to_rank(lora_A, lora_B, rank)
         layer.set_adapter(lora_A.contiguous(), lora_B, layer.alpha, layer.rslora)
         return layer
 
@@ -1250,7 +1283,193 @@ class QALoRALinear(LoRALinear):
             self.set_adapter(None, None, self.alpha, self.rslora)
 
 
+def _to_rank(lora_A, lora_B, rank):
+    """The same product with more columns, in random directions."""
+    if rank == len(lora_A):
+        return lora_A, lora_B
+    turn = qr(torch.randn(rank, len(lora_A)).to(lora_A)).Q
+    return turn @ lora_A, lora_B @ turn.T
+
+
 LAYER_OF["group_size"] = QALoRALinear
+
+
+# ---------------------------------------- 9  The model you already have: the adapter that peft made
+
+
+@torch.no_grad()
+def initialize_peft(
+    model, batches, weights=None, init="quailora", steps=20, H=None, memory=math.inf, floor=False,
+    progress=list,
+):  # fmt: skip
+    """Start the active adapter of a peft model, in place, in each LoRA layer on a linear layer,
+    whatever base that has (bitsandbytes, GPTQ, AWQ, torchao, ...). Only lora_A, lora_B change.
+
+    Q is what the base does to the identity. W comes from `weights`, one layer at a time: a folder,
+    a Hub id, or a full-precision model; None is where the base was loaded from. H is gathered on
+    the rounded model, its adapters off, where the paper has X in full precision. batches, H (names
+    as in the base model), memory, floor, progress, and the rows returned: as for `apply_quailora`,
+    but errors are over || (W - Q) X ||.
+
+    Needs transformers 5 and accelerate. Raises ValueError, with the model as it was, also for
+    variants of LoRA (DoRA), an init that chooses Q (loftq, cloq, joint), and a W that is missing or
+    not what was rounded; what transformers raises if it finds no model."""
+    _check(torch.zeros(1, 1), init=init, steps=steps)
+    if INITS[init].choose:
+        raise ValueError(f"init {init!r} chooses Q, and this base is rounded: see apply_quailora")
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    adapters, calibrated = _peft_adapters(model), _calibrated(init, batches, H)
+    layers = {name: model.get_submodule(name) for name in adapters}
+    if H is not None and (missing := layers.keys() - H.keys()):
+        raise ValueError(f"H has nothing for {min(missing)}")
+    body = getattr(model, "base_model", model)  # without the head, if that has no adapter
+    body = body if set(layers.values()) <= set(body.modules()) else model
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    solve, done = partial(INITS[init].solve, steps=steps), {}
+
+    def start(name, H):
+        return _restarted(name, layers[name], adapters[name], found[name], H, dtype, solve, floor)
+
+    with _originals(model, layers, weights) as found:
+        data = batches, H, memory, progress, _base_alone
+        for name, started, _ in _in_passes(body, layers, start, *data):
+            done[name] = started
+    rows = []
+    for name, layer in layers.items():  # now that all went well
+        lora_A, lora_B, report = done[name]
+        layer.lora_A[adapters[name]].weight.copy_(lora_A)
+        layer.lora_B[adapters[name]].weight.copy_(lora_B)
+        row = {"name": name, "shape": [*_shape(layer)], "calibrated": calibrated}
+        rows.append(row | report)
+    return rows
+
+
+def _peft_adapters(model):
+    """name -> active adapter, of peft's LoRA layers on linear layers."""
+    adapters = {}
+    for name, m in model.named_modules():
+        lora_A, other = getattr(m, "lora_A", None), ("MultiheadAttention", "ParamWrapper")
+        if not isinstance(lora_A, nn.ModuleDict) or type(m).__name__ in other:
+            continue
+        active = [key for key in m.active_adapters if key in lora_A]
+        if not active or not isinstance(lora_A[active[0]], nn.Linear):  # of a convolution
+            continue
+        if len(active) > 1:
+            raise ValueError(f"{name} has {len(active)} active adapters: set_adapter to one")
+        if variant := m.lora_variant.get(active[0]):
+            kind = type(variant).__name__
+            raise ValueError(f"{name} is no plain LoRA ({kind}): its start is not known")
+        if m.merged:
+            raise ValueError(f"the adapter of {name} is merged: call unmerge_adapter() before")
+        adapters[name] = active[0]
+    if not adapters:
+        what = "get_peft_model goes before, or apply_quailora in its place"
+        raise ValueError(f"{type(model).__name__} has no LoRA layers of peft's: {what}")
+    return adapters
+
+
+def _shape(layer):
+    return layer.out_features, layer.in_features
+
+
+def _base_alone(model):
+    """A context: in eval mode, adapters of peft off."""
+    stack = _evaluating(model)
+    for m in model.modules():
+        if hasattr(m, "_disable_adapters"):
+            stack.callback(setattr, m, "_disable_adapters", m._disable_adapters)
+            m._disable_adapters = True
+        if hasattr(m, "support_avx512bf16_for_cpu"):
+            m.train()  # bitsandbytes packs 4 bits for inference here, and gradients are wrong then
+    return stack
+
+
+def _effective_weight(base, shape, like):
+    """Q, (out, in) in float32 at least, of any linear layer: what it makes of the identity, in
+    slices and in the dtype of `like`, less its bias."""
+    bias, (out, n) = getattr(base, "bias", None), shape
+    Q = _float(like).new_empty(out, n)
+    if bias is not None:
+        base.bias = None  # a large one would take the digits of Q
+    try:
+        for inputs in torch.arange(n, device=like.device).split(512):
+            x = nn.functional.one_hot(inputs, n).to(like.dtype)
+            Q[:, inputs] = (base(x) - base(0 * x[:1])).T.to(Q.dtype)
+    finally:
+        if bias is not None:
+            base.bias = bias
+    return Q
+
+
+@_exactly
+def _restarted(name, layer, adapter, original, H, dtype, solve, floor):
+    """lora_A, lora_B and errors for a layer of peft's, from the layer in full precision."""
+    from accelerate.utils import align_module_device
+
+    began, scaling, lora_A = (
+        time.perf_counter(),
+        layer.scaling[adapter],
+        layer.lora_A[adapter].weight,
+    )
+    rank, device, shape = len(lora_A), lora_A.device, _shape(layer)
+    k = min(rank, *shape)
+    with _base_alone(layer):
+        Q = _effective_weight(layer.base_layer, shape, lora_A.new_empty(0, dtype=dtype))
+    with align_module_device(original, device):  # reads it, if it is on disk
+        W = original.weight.detach()
+    # a Conv1D has W^T, and where its base was rounded it may be a Linear
+    W = min((M for M in (W, W.T) if M.shape == Q.shape), key=lambda M: (M - Q).norm())
+    if H is not None:
+        H = H.to(device)
+    elif floor:
+        H = torch.eye(shape[1], device=device)
+    _check(W, H, k, name, scaling)
+    E = Q.neg_().add_(W)
+    if (far := (E.norm() / _float(W).norm()).item()) > 1:
+        raise ValueError(f"|| W - Q || is {far:.2f} || W || in {name}: not the W of this base")
+    del W
+    A, B = solve(E, H, k)
+    factors = _to_rank(*split_product(A, B, scaling), rank)
+    seconds = time.perf_counter() - began
+    least = exact_init(E, H, k) if floor else None
+    return *factors, {**_left(E, A, B, H, least), "seconds": seconds}
+
+
+@contextlib.contextmanager
+def _originals(model, layers, weights):
+    """name -> the layer in full precision; its weight stays on disk, if `weights` is no model."""
+    with tempfile.TemporaryDirectory() as folder:
+        missing = ()
+        if not isinstance(weights, nn.Module):
+            weights, missing = _on_disk(model, weights, folder)
+        found = dict(weights.named_modules())
+        for name, layer in layers.items():
+            W, shape = getattr(found.get(name), "weight", None), _shape(layer)
+            if W is None or f"{name}.weight" in missing:
+                raise ValueError(f"weights: {name}.weight is not there")
+            if tuple(W.shape) not in (shape, shape[::-1]):
+                raise ValueError(f"weights: {name}.weight is {tuple(W.shape)}, its base is {shape}")
+        yield found
+
+
+def _on_disk(model, source, folder):
+    """The model of a folder or Hub id, its weights on disk (in `folder`, if the source has no
+    safetensors), and the names of those that are not there."""
+    revision = None
+    if source is None:
+        source = getattr(model, "name_or_path", "")
+        revision = getattr(getattr(model, "config", None), "_commit_hash", None)
+    if not source:
+        raise ValueError("weights: where the base was loaded from is not known")
+    kind = type(model)
+    config = kind.config_class.from_pretrained(source, revision=revision)
+    if hasattr(config, "quantization_config"):
+        raise ValueError(f"weights: {source} is quantized; say where it is in full precision")
+    loaded, info = kind.from_pretrained(
+        source, revision=revision, dtype="auto", device_map={"": "disk"}, offload_folder=folder,
+        output_loading_info=True,
+    )  # fmt: skip
+    return loaded, info["missing_keys"]
 
 
 # -------------------------------------------------------------------------------- A demonstration
