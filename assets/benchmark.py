@@ -160,6 +160,7 @@ def model_costs():
     title = "apply_quailora on a block of LLaMA 7B: peak MB beyond model and H"
     largest = 4 * TALL[0] * TALL[1] / 2**20
     yield beside(title, in_new_process(block_memory), "its largest layer", largest)
+    yield from start_memory(model, H)
     usage = [sys.executable, train.__file__, "--help"]
     yield beside("train.py --help: seconds", seconds_of(subprocess.check_output, usage))
     yield beside("train.py to its first progress bar: seconds", seconds_of(first_bar))
@@ -202,6 +203,22 @@ def start_costs(model, H: dict):
     yield beside(title, ours, "two large products for each", products)
     yield beside(title, ours, "LoftQ", loftq)
     yield beside("error (1) over the floor, in the worst layer", worst)
+
+
+def start_memory(model, H: dict):
+    bound = sum({id(M): M.nbytes for M in H.values()}.values())  # layers share some
+    bound += 3 * max(layer.weight.nbytes for layer in quailora.linear_layers(model).values())
+    for name in "initialize_peft", "apply_quailora":
+        title = f"{name}, 2 x 256 tokens at a time: peak MB beyond its model"
+        peak = in_new_process(whole_start, name)
+        yield beside(title, peak, "all H and 3 copies of the largest layer", bound / 2**20)
+
+
+def whole_start(name: str) -> float:
+    batches = torch.randint(49152, (4, 256), generator=torch.manual_seed(0)).split(2)
+    model = peft_model() if name == "initialize_peft" else load_smollm2()
+    model(batches[0][:1, :8])  # what a first call takes stays
+    return peak_mb(getattr(quailora, name), model, batches)[0]
 
 
 def block_memory() -> float:
