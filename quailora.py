@@ -26,9 +26,12 @@ a linear layer, solved by alternating least squares (ALS):
 
     rows = apply_quailora(model, batches)    # replaces the linear layers; then train as usual
 
+    rows = initialize_peft(model, batches)   # the same on a rounded model that peft has adapted
+
 Part one is the paper, on torch alone; it runs without what follows the ruler at its end. Part two:
-adapters on disk, bitsandbytes' kernels, other starts (LoftQ, CLoQ, joint), QA-LoRA. Not here:
-dropout on the adapter, rounding of activations, experts that are 3-D parameters."""
+adapters on disk, bitsandbytes' kernels, other starts (LoftQ, CLoQ, joint), QA-LoRA and its GGUF,
+and the start for peft. Not here: dropout on the adapter of LoRALinear, rounding of activations,
+experts that are 3-D parameters."""
 
 from __future__ import annotations
 
@@ -399,7 +402,9 @@ class LoRALinear(nn.Module):
         W, began = _weight(linear), time.perf_counter()
         _check(W, H, rank, "", alpha, init, steps)
         method = INITS[init]
-        if H is None and (floor or method.needs_data):
+        if H is not None:
+            H = H.to(W.device)
+        elif floor or method.needs_data:
             H = torch.eye(W.shape[1], device=W.device)
         rounding = partial(cls.rounding, bits=bits, **layout)
         solve = cls.solver(init, rank, steps, **layout)
@@ -444,12 +449,6 @@ class LoRALinear(nn.Module):
             return self.base.dequantize(self.base.scales().dtype)
         return self.base.dequantize(self.lora_A.dtype) + self.update()
 
-    @property
-    def weight(self):
-        """The merged weight as the layer before had it, differentiable, for what reads the weights
-        of its layers: T5, nn.TransformerEncoderLayer. It is made where it is used."""
-        return _Weight.of(self)
-
     def merged(self):
         """The layer that was replaced, with the merged weight in the dtype of W."""
         weight = self.merged_weight().to(self.base.dtype)
@@ -463,31 +462,6 @@ class LoRALinear(nn.Module):
     def extra_repr(self):
         size = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{size}, rank={self.rank}, scaling={self.scaling:g}, bits={self.base.bits}"
-
-
-class _Weight(Tensor):
-    """The weight of a LoRALinear: made when more than its dtype, shape or device is asked for."""
-
-    @staticmethod
-    def of(layer):
-        shape = layer.base.shape if layer.kind is nn.Linear else layer.base.shape[::-1]
-        empty = torch.empty((), dtype=layer.base.dtype, device=layer.base.codes.device)
-        weight = empty.expand(shape).as_subclass(_Weight)
-        weight.layer = layer
-        return weight
-
-    def made(self):
-        layer, weight = self.layer, self.layer.base.dequantize()
-        if layer.rank:
-            weight = weight + layer.update().to(weight.dtype)
-        return weight if layer.kind is nn.Linear else weight.T
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function in (Tensor.dtype.__get__, Tensor.shape.__get__, Tensor.device.__get__):
-            return super().__torch_function__(function, types, args, kwargs)
-        args, kwargs = tree_map(lambda x: cls.made(x) if isinstance(x, cls) else x, (args, kwargs))
-        return function(*args, **kwargs or {})
 
 
 def _rounding_error(W, base):
@@ -1048,7 +1022,7 @@ def _unpacked(tensors, key, state):
     return make(*layout, state["blocksize"], codes=tensors.pop(key), **buffers)
 
 
-# ------------------------------------------------------------------------ 6  bitsandbytes' kernels
+# ------------------------------------------ 6  bitsandbytes' kernels, and a weight for who reads it
 
 
 class _Bitsandbytes:
@@ -1081,6 +1055,36 @@ with contextlib.suppress(ImportError):
     import bitsandbytes
 
     QuantizedWeight.kernels = _Bitsandbytes
+
+
+class _Weight(Tensor):
+    """The merged weight of a LoRALinear, as the layer before had it, differentiable, for who reads
+    a layer's weight (T5, nn.TransformerEncoderLayer). It is made where it is used, not where its
+    dtype, shape or device is read."""
+
+    @staticmethod
+    def of(layer):
+        shape = layer.base.shape if layer.kind is nn.Linear else layer.base.shape[::-1]
+        empty = torch.empty((), dtype=layer.base.dtype, device=layer.base.codes.device)
+        weight = empty.expand(shape).as_subclass(_Weight)
+        weight.layer = layer
+        return weight
+
+    def made(self):
+        layer, weight = self.layer, self.layer.base.dequantize()
+        if layer.rank:
+            weight = weight + layer.update().to(weight.dtype)
+        return weight if layer.kind is nn.Linear else weight.T
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in (Tensor.dtype.__get__, Tensor.shape.__get__, Tensor.device.__get__):
+            return super().__torch_function__(function, types, args, kwargs)
+        args, kwargs = tree_map(lambda x: cls.made(x) if isinstance(x, cls) else x, (args, kwargs))
+        return function(*args, **kwargs or {})
+
+
+LoRALinear.weight = property(_Weight.of)
 
 
 # ------------------------------ 7  The family: rounding with the adapter, or the data, in view

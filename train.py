@@ -12,6 +12,7 @@ if --model is one, or --gguf is given).
 
 import argparse
 import json
+import logging
 import math
 import os
 import random
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+import warnings
 import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -143,6 +145,8 @@ def smollm2() -> Path:
 def load_model(name: str):
     """Model in full precision (float32; bfloat16 on CUDA) and tokenizer."""
     global datasets, quailora, torch, transformers  # not before: --help waits for none
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it lacks a kernel that nobody needs
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     import datasets
     import torch
     import transformers
@@ -259,6 +263,10 @@ def result_so_far(args: argparse.Namespace) -> dict:
     return result
 
 
+def perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700))
+
+
 def make_trainer(args: argparse.Namespace, model, training: list, validation: list):
     class AdapterTrainer(transformers.Trainer):  # checkpoints hold no base, and errors name them
         def _save(self, output_dir=None, state_dict=None):
@@ -276,6 +284,12 @@ def make_trainer(args: argparse.Namespace, model, training: list, validation: li
             with naming(f"{folder} could not be written"):
                 super()._save_checkpoint(*arguments)
 
+    class Lines(transformers.ProgressCallback):  # for each validation one
+        def on_log(self, args, state, control, logs=None, **more):
+            if MAIN and "eval_loss" in logs:
+                value = perplexity(logs["eval_loss"])
+                tqdm.write(f"validation perplexity at step {state.global_step}: {value:.3f}")
+
     cuda = torch.cuda.is_available()
     arguments = transformers.TrainingArguments(
         output_dir=args.out, seed=args.seed, max_steps=args.steps, learning_rate=args.lr,
@@ -287,7 +301,12 @@ def make_trainer(args: argparse.Namespace, model, training: list, validation: li
     )  # fmt: skip
     even = args.validation % (args.batch_size * arguments.world_size) == 0  # none is filled up
     arguments.per_device_eval_batch_size = args.batch_size if even else 1
-    return AdapterTrainer(model, arguments, train_dataset=training, eval_dataset=validation)
+    data = dict(train_dataset=training, eval_dataset=validation)
+    trainer = AdapterTrainer(model, arguments, **data)
+    for kind in transformers.ProgressCallback, transformers.PrinterCallback:
+        trainer.pop_callback(kind)
+    trainer.add_callback(Lines)
+    return trainer
 
 
 class Job:
@@ -309,14 +328,14 @@ class Job:
             self.batches = batches[self.trainer.args.process_index :: self.trainer.args.world_size]
 
     @contextmanager
-    def phase(self, name: str):
-        print(f"\n{name}\n" * MAIN, end="", flush=True)
+    def phase(self, name: str, what=""):
+        print(f"\n{name} {what}\n" * MAIN, end="", flush=True)
         began = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
     def evaluate(self, part=None) -> float:  # perplexity, of the validation sequences if of none
-        return math.exp(min(self.trainer.evaluate(part)["eval_loss"], 700))
+        return perplexity(self.trainer.evaluate(part)["eval_loss"])
 
     def save(self) -> None:
         """The result so far, with the peak memory of the GPU, or without one of this process."""
@@ -335,7 +354,7 @@ class Job:
         args, result, memory = self.args, self.result, 1e9 * self.args.calibration_memory
         for path in held(args.out) if MAIN else ():  # with --overwrite, or of a killed start
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        with self.phase("evaluate"):
+        with self.phase("evaluate", "in full precision"):
             full = result["full_precision_perplexity"] = full_precision or self.evaluate()
         batches = self.batches if quailora.INITS[self.options["init"]].needs_data else None
         sequential = args.sequential and batches
@@ -353,12 +372,13 @@ class Job:
                 for layer in layers:
                     torch.nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5))
         require(not math.isnan(full), f"--model {args.model}: its loss is not a number")
-        with self.phase("evaluate"):
-            for layer in layers:
-                layer.scaling = 0.0
+        for layer in layers:
+            layer.scaling = 0.0
+        with self.phase("evaluate", f"in {args.bits} bits, without the adapter"):
             result["quantized_perplexity"] = self.evaluate()
-            for layer in layers:
-                layer.scaling = args.alpha / args.rank
+        for layer in layers:
+            layer.scaling = args.alpha / args.rank
+        with self.phase("evaluate", "with the adapter as it starts"):
             result["perplexity"] = [[0, self.evaluate()]]
         if MAIN:
             quailora.save_adapter(self.model, args.out / "start")
@@ -379,7 +399,7 @@ class Job:
             self.trainer.train(resume_from_checkpoint=complete.get(max(complete, default=None)))
             logs = [log for log in self.trainer.state.log_history if "eval_loss" in log]
             known = {log["step"]: log["eval_loss"] for log in logs if log["step"] <= args.steps}
-            curve += [[step, math.exp(min(loss, 700))] for step, loss in known.items()]
+            curve += [[step, perplexity(loss)] for step, loss in known.items()]
             if curve[-1][0] < args.steps:
                 curve.append([args.steps, self.evaluate()])
         if args.selection:
