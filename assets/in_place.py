@@ -41,9 +41,7 @@ def first_pass(model, batches) -> dict:
 
 
 def main() -> None:
-    print(
-        "| | full precision | NF4 | H of the rounded model | initialize_peft | H of the full model |"
-    )
+    print("| | full precision | NF4 | H of NF4 | initialize_peft | H of full precision |")
     print("|---|---|---|---|---|---|")
     for data in sys.argv[1:] or ["python"]:
         args = train.parse_args(["--data", data])
