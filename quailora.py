@@ -1521,7 +1521,7 @@ def initialize_peft(
     body = body if {*modules.values()} <= {*body.modules()} else model
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     solve, passes = partial(INITS[init].solve, steps=steps), [False]
-    if H is None and batches is not None:
+    if H is None and INITS[init].needs_data:
         batches, passes = [*batches], [False, True]
 
     def start(name, H):
@@ -1599,15 +1599,16 @@ def _effective_weight(base, shape, like):
     slices and in the dtype of `like`, less its bias."""
     bias, (out, n) = getattr(base, "bias", None), shape
     Q = _float(like).new_empty(out, n)
+    kept = None if bias is None else bias.data
     if bias is not None:
-        base.bias = None  # a large one would take the digits of Q
+        bias.data = torch.zeros_like(kept)  # a large one would take the digits of Q
     try:
         for inputs in torch.arange(n, device=like.device).split(512):
             x = nn.functional.one_hot(inputs, n).to(like.dtype)
             Q[:, inputs] = (base(x) - base(0 * x[:1])).T.to(Q.dtype)
     finally:
         if bias is not None:
-            base.bias = bias
+            bias.data = kept
     return Q
 
 

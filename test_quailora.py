@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Properties of quailora.py, each against an oracle: a closed form, dense float64, or bitsandbytes.
 
-In the order of the reader: equations, quantization, layer, models, disk, family, QA-LoRA, train.py.
+In the order of the reader: equations, quantization, layer, models, disk, family, QA-LoRA, peft, train.py.
 """
 
 import collections
@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 import weakref
 from pathlib import Path
 
@@ -48,6 +49,7 @@ from quailora import (
     apply_sequentially,
     calibrated_error,
     exact_init,
+    initialize_peft,
     input_correlations,
     linear_layers,
     lora_layers,
@@ -2369,7 +2371,801 @@ def test_a_group_size_that_does_not_fit_is_refused(group_size, bits, message):
     assert model[0] is linear
 
 
-# ------------------------------------------------------------------------------------ 8  train.py
+# ------------------------------------------------------------- 8  In place, in an adapter of peft's
+
+
+@pytest.fixture(scope="session")
+def full_folder(tmp_path_factory):
+    """family -> the folder of tiny(family, 64) in full precision."""
+
+    @functools.cache
+    def saved(family):
+        folder = tmp_path_factory.mktemp(family)
+        tiny(family, 64).save_pretrained(folder)
+        return folder
+
+    return saved
+
+
+def adapted(folder, rounding=NF4, adapter=None, **base):
+    """What a user of peft has: a base of transformers, rounded unless None, and a new adapter."""
+    if rounding is not None:
+        base["quantization_config"] = rounding
+    adapter = {"r": 8, "lora_alpha": 3, "target_modules": "all-linear"} | (adapter or {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of fan_in_fan_out, which peft then sets itself
+        return peft.get_peft_model(nf4_base(folder, **base), peft.LoraConfig(**adapter)).eval()
+
+
+def adapted_layers(model):
+    """name in the base model -> LoRA layer of peft's on a linear layer."""
+    named = model.get_base_model().named_modules()
+    return {name: m for name, m in named if hasattr(m, "lora_A") and len(m.lora_A)}
+
+
+def update_of(layer, adapter="default"):
+    """What peft adds to Q, (out, in) in float64."""
+    lora_A, lora_B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return layer.scaling[adapter] * lora_B.detach().double() @ lora_A.detach().double()
+
+
+def factors_of(model):
+    return {name: p.detach() for name, p in model.named_parameters() if ".lora_" in name}
+
+
+def rounded_weight(base):
+    """Q, (out, in) in float64, as the library that rounded it undoes that."""
+    weight = base.weight.detach()
+    if isinstance(base, bitsandbytes.nn.Linear4bit):
+        return bitsandbytes.functional.dequantize_4bit(weight, base.weight.quant_state).double()
+    if isinstance(base, bitsandbytes.nn.Linear8bitLt):
+        scales = base.weight.SCB if base.state.SCB is None else base.state.SCB
+        return weight.double() * scales.double()[:, None] / 127
+    if type(weight) not in (torch.Tensor, nn.Parameter):
+        return weight.dequantize().double()  # torchao
+    return (weight.T if type(base).__name__ == "Conv1D" else weight).double()
+
+
+def plain_parts(x):
+    """A tensor, or those that one of torchao's consists of."""
+    if type(x) in (torch.Tensor, nn.Parameter):
+        return [x]
+    return [getattr(x, name) for name in x.__tensor_flatten__()[0]]
+
+
+def snapshot(model):
+    """All tensors, and in which modes, with which hooks and adapters the modules are."""
+    tensors = {}
+    for name, x in model.state_dict().items():
+        tensors[name] = [part.clone() for part in plain_parts(x)]
+    flags = {}
+    for name, m in model.named_modules():
+        adapters = getattr(m, "_disable_adapters", None), getattr(m, "_active_adapter", None)
+        hooks = len(m._forward_pre_hooks), len(m._forward_hooks), "forward" in vars(m)
+        use_cache = getattr(getattr(m, "config", None), "use_cache", None)
+        names = list(m._parameters), list(m._buffers)
+        flags[name] = m.training, hooks, adapters, use_cache, names
+    return tensors, flags, trained(model)
+
+
+def changed(before, after):
+    """Names of the tensors that are not the same bits in the same dtype; all else must be."""
+    (tensors, *rest), (others, *other_rest) = before, after
+    assert rest == other_rest and tensors.keys() == others.keys()
+
+    def same(x, y):
+        return x.dtype == y.dtype and torch.equal(x, y)
+
+    return {name for name, x in tensors.items() if not all(map(same, x, others[name]))}
+
+
+def bitsandbytes_config(bits, kind="nf4", **other):
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": kind, **other}
+    return T.BitsAndBytesConfig(**(four if bits == 4 else {"load_in_8bit": True}))
+
+
+ROUNDINGS = {
+    "nf4": bitsandbytes_config(4),
+    "nf4, double": NF4,
+    "fp4": bitsandbytes_config(4, "fp4"),
+    "int8": bitsandbytes_config(8),
+}
+
+
+def torchao_config():
+    quantization = pytest.importorskip("torchao.quantization")
+    return T.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+
+
+NEARED = [*itertools.product(TEXT_MODELS, ROUNDINGS), ("llama", "torchao")]
+
+
+@pytest.mark.parametrize("family, rounding", NEARED)
+def test_a_start_in_place_nears_full_precision(family, rounding, full_folder):
+    """On any base the outputs come nearer to the full model's, and only the factors change."""
+    rounding = ROUNDINGS.get(rounding) or torchao_config()
+    model, batches = adapted(full_folder(family), rounding), token_batches()
+    full, plain = outputs(tiny(family, 64), batches), outputs(model, batches)
+    model.train().get_base_model().base_model.get_input_embeddings().eval()  # some of each mode
+    frozen, *_ = factors_of(model)
+    model.get_parameter(frozen).requires_grad_(False)
+    before = snapshot(model)
+    rows = initialize_peft(model, batches)
+    assert changed(before, snapshot(model)) == factors_of(model).keys()
+    assert [row["name"] for row in rows] == list(linear_layers(tiny(family, 64)))
+    for row in rows:
+        assert row.keys() == {"name", "shape", "calibrated", "initialized", "seconds"}
+        assert row["shape"] == [*update_of(adapted_layers(model)[row["name"]]).shape]
+        assert row["calibrated"] is True and 0 < row["initialized"] < 0.95
+    assert (outputs(model.eval(), batches) - full).norm() < 0.95 * (plain - full).norm()
+
+
+@pytest.mark.parametrize("family", TEXT_MODELS)
+def test_a_base_that_is_not_rounded_has_nothing_to_start(family, full_folder):
+    """W - Q = 0: the outputs stay those of full precision, and only the factors may change."""
+    model, batches = adapted(full_folder(family), None), token_batches()
+    before = snapshot(model)
+    rows = initialize_peft(model, batches)
+    assert changed(before, snapshot(model)) <= factors_of(model).keys()
+    assert {row["initialized"] for row in rows} == {0}
+    assert torch.allclose(outputs(model, batches), outputs(tiny(family, 64), batches), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", TEXT_MODELS)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_in_place_is_what_apply_saves_and_peft_loads(family, rslora, full_folder, tmp_path):
+    """With one H both ways give the same outputs on the same base, and the same errors."""
+    model, batches = tiny(family, 64), token_batches()
+    H = input_correlations(model, batches)
+    expected = apply_quailora(model, None, 8, 3, rslora=rslora, H=H, floor=True)
+    quailora.save_adapter(model, tmp_path)
+    base = nf4_base(full_folder(family), quantization_config=NF4)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path)
+    ours = adapted(full_folder(family), adapter={"use_rslora": rslora})
+    assert not torch.allclose(outputs(ours, batches), outputs(theirs, batches), atol=1e-4)
+    rows = initialize_peft(ours, None, H=H, floor=True)
+    assert torch.allclose(outputs(ours, batches), outputs(theirs, batches), atol=2e-5)
+    for row, other in zip(rows, expected, strict=True):
+        for key in ("name", "shape", "calibrated"):
+            assert row[key] == other[key]
+        for key in ("initialized", "floor"):
+            assert row[key] == pytest.approx(other[key], rel=1e-4)
+
+
+def inputs_of(model, name, batches):
+    """X (in, tokens) of a layer, where the attention mask is set, in eval mode."""
+    inputs, layer = [], model.get_submodule(name)
+    hook = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    outputs(model.eval(), batches)
+    hook.remove()
+    keep = torch.cat([batch["attention_mask"].bool().flatten() for batch in batches])
+    return torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs]).double()[keep].T
+
+
+@pytest.mark.parametrize("init", ["svd", "quailora", "exact"])
+def test_a_row_in_place_has_the_errors_on_its_last_pass(init, full_folder):
+    """X are the inputs of the rounded model, or if the start needs them of the model once started,
+    without dropout and without the adapter of before."""
+    folder, batches, name = full_folder("opt"), token_batches(), "model.decoder.layers.1.fc2"
+    model = adapted(folder, adapter={"lora_dropout": 0.5}).train()
+    for layer in adapted_layers(model).values():
+        layer.lora_B["default"].weight.data.normal_()  # a start before this one
+    rows = initialize_peft(model, batches, init=init, floor=True)
+    once = adapted(folder)
+    if init != "svd":
+        H = {key: None for key in adapted_layers(once)}
+        for key in H:
+            X = inputs_of(nf4_base(folder, quantization_config=NF4), key, batches)
+            H[key] = (X @ X.T).float()
+        initialize_peft(once, None, init=init, H=H)
+    X = inputs_of(once.get_base_model(), name, batches)
+    layer, row = adapted_layers(model)[name], next(row for row in rows if row["name"] == name)
+    E = tiny("opt", 64).get_submodule(name).weight.detach() - rounded_weight(layer.base_layer)
+    plain, left = (E @ X).norm().item(), ((E - update_of(layer)) @ X).norm().item()
+    assert row["initialized"] == pytest.approx(left / plain, rel=1e-4)
+    least = math.sqrt(2 * optimum(E, X @ X.T, 8)) / plain
+    assert row["floor"] == pytest.approx(least, rel=1e-4)
+    assert row["initialized"] >= row["floor"] * (1 - 1e-6) and row["calibrated"]
+    if init != "svd":
+        assert row["initialized"] < 1.02 * least
+
+
+# The weight that a base stands for, from a start of full rank: there the update is W - Q
+
+
+def linear_with(W, bias, kind=nn.Linear, **options):
+    layer = kind(W.shape[1], W.shape[0], bias=bias is not None, **options)
+    layer.weight.data = W
+    if bias is not None:
+        layer.bias.data = bias
+    return layer
+
+
+def bitsandbytes_linear(kind, W, bias):
+    """A layer as transformers has it, also in blocks that it has no option for."""
+    name, _, size = kind.partition("/")
+    if name == "int8":
+        make = bitsandbytes.nn.Linear8bitLt
+        layer = make(*W.T.shape, bias=bias is not None, has_fp16_weights=False)
+        layer.weight = bitsandbytes.nn.Int8Params(W, requires_grad=False, has_fp16_weights=False)
+    else:
+        make, double = bitsandbytes.nn.Linear4bit, name == "nf4dq"
+        layer = make(*W.T.shape, bias=bias is not None, compute_dtype=W.dtype)
+        layer.support_avx512bf16_for_cpu = False
+        layout = dict(blocksize=int(size or 64), compress_statistics=double)
+        kind = "nf4" if double else name
+        layer.weight = bitsandbytes.nn.Params4bit(W, False, quant_type=kind, **layout)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer.to("cpu")  # rounds
+
+
+def recovered(base, W, custom=None):
+    """W - Q by a start of full rank in a model of this layer alone, (out, in) in float64."""
+    config = peft.LoraConfig(r=min(W.shape), lora_alpha=3, target_modules=["0"])
+    if custom is not None:
+        config._register_custom_module(custom)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a kind that peft does not know
+        model = peft.get_peft_model(nn.Sequential(base), config)
+    weights = nn.Sequential(linear_with(W, None))
+    initialize_peft(model, None, weights=weights, init="svd")
+    return update_of(adapted_layers(model)["0"])
+
+
+def layer_weights(dtype=torch.float32):
+    """W, (out, in), with more inputs than one slice of the identity has."""
+    return (0.05 * normal(seeded(), 40, 1152)).to(dtype)
+
+
+KINDS = ["nf4", "nf4dq", "fp4", "nf4/128", "fp4/256", "nf4dq/4096", "int8"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_q_is_what_bitsandbytes_dequantizes(kind, dtype):
+    """In the dtype of the layer (int8: float16), also with a bias of a thousand."""
+    W, bias = layer_weights(dtype), torch.full((40,), 1000, dtype=dtype)
+    base = bitsandbytes_linear(kind, W, bias)
+    E = recovered(base, W)
+    Q, rounding = rounded_weight(base), {torch.float32: 2**-20, torch.bfloat16: 2**-8}[dtype]
+    if kind == "int8":
+        rounding = max(rounding, 2**-10)
+    assert (W - E - Q).abs().max() <= rounding * Q.abs().max()
+    assert torch.equal(base.bias, bias)
+
+
+def test_q_is_what_torchao_dequantizes():
+    """In the dtype of the layer, also with a bias of a thousand."""
+    ao, W = pytest.importorskip("torchao.quantization"), layer_weights()
+    base = nn.Sequential(linear_with(W.clone(), torch.full((40,), 1000.0)))
+    ao.quantize_(base, ao.Int8WeightOnlyConfig())
+    Q = base[0].weight.dequantize().double()
+    assert (Q - W).norm() > 1e-3 * W.norm()
+    custom = {nn.Linear: peft.tuners.lora.Linear}  # the model is none of transformers
+    assert (W - recovered(base[0], W, custom) - Q).abs().max() <= 2**-20 * Q.abs().max()
+
+
+class Packed(nn.Module):
+    """A linear layer as those of GPTQ and AWQ: integers, which only its forward can read."""
+
+    def __init__(self, W, bias):
+        super().__init__()
+        self.out_features, self.in_features = W.shape
+        self.scale = nn.Parameter(W.abs().max() / 7, requires_grad=False)
+        codes = (W / self.scale).round().to(torch.int8) + 8
+        self.register_buffer("qweight", codes.T[:, ::2] * 16 + codes.T[:, 1::2])
+        self.register_buffer("bias", bias)
+
+    def unpacked(self):
+        """(in, out)"""
+        low = self.qweight % 16
+        return torch.stack([(self.qweight - low) // 16 % 16, low], 2).flatten(1).float() - 8
+
+    def forward(self, x):
+        y = x @ (self.unpacked() * self.scale).to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+@pytest.mark.parametrize("bias", [None, 1000.0])
+def test_q_is_read_through_the_forward_of_any_layer(bias):
+    """Of a class of its own whose weight nothing else can read; its bias may be a buffer."""
+    W = layer_weights()
+    base = Packed(W, bias and torch.full((40,), bias))
+    Q = (W / base.scale).round().double() * base.scale.double()
+    E = recovered(base, W, {Packed: peft.tuners.lora.Linear})
+    assert (Q - W).norm() > 0.01 * W.norm()
+    assert (W - E - Q).abs().max() <= 2**-20 * Q.abs().max()
+    assert bias is None or torch.equal(base.bias, torch.full((40,), bias))
+
+
+@pytest.mark.parametrize("rounding", [None, NF4], ids=["Conv1D", "Linear4bit"])
+def test_a_square_weight_of_gpt2_is_read_in_its_orientation(rounding, full_folder, tmp_path):
+    """Of full rank the update is W^T - Q, on a Conv1D of coarse weights and on a Linear4bit."""
+    full, coarse = tiny("gpt2", 64), tiny("gpt2", 64)
+    for layer in linear_layers(coarse).values():
+        layer.weight.data = (layer.weight.data / 0.01).round() * 0.01
+    coarse.save_pretrained(tmp_path)
+    folder = full_folder("gpt2")
+    model = adapted(folder if rounding else tmp_path, rounding, {"r": 64})
+    initialize_peft(model, None, folder, init="svd")
+    square = 0
+    for name, layer in adapted_layers(model).items():
+        W = full.get_submodule(name).weight.detach().T.double()  # (out, in)
+        E = W - rounded_weight(layer.base_layer)
+        assert (update_of(layer) - E).norm() < 1e-3 * E.norm() > 0
+        square += len(set(W.shape)) == 1
+    assert square == 2
+
+
+# What peft can be configured to
+
+
+def nearest_of_rank(E, rank):
+    """The best approximation of E, by a dense SVD in float64."""
+    U, sigma, Vt = torch.linalg.svd(E.double(), full_matrices=False)
+    return U[:, :rank] * sigma[:rank] @ Vt[:rank]
+
+
+CONFIGURED = {
+    "rank_pattern": {"rank_pattern": {"up_proj": 3, "layers.1.self_attn.q_proj": 20}},
+    "alpha_pattern": {"alpha_pattern": {"down_proj": 7, "k_proj": 0.5}},
+    "use_rslora": {"use_rslora": True},
+    "targets": {"target_modules": ["o_proj", "gate_proj"]},
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "head": {"target_modules": ["lm_head", "v_proj"]},
+    "embedding": {"target_modules": ["embed_tokens", "v_proj"]},
+    "dropout": {"lora_dropout": 0.5},
+    "rank beyond k, v": {"r": 40},
+    "rank beyond all": {"r": 200, "use_rslora": True},
+    "frozen": {"inference_mode": True},
+}
+WITH_HEAD = bitsandbytes_config(4, llm_int8_skip_modules=["nothing"])  # transformers leaves it out
+
+
+@pytest.mark.parametrize("config", CONFIGURED.values(), ids=CONFIGURED)
+def test_any_rank_and_scaling_of_peft_start_at_the_best(config, full_folder):
+    """Without data the update is the best approximation of W - Q of the rank of each layer."""
+    rounding = NF4 if "modules_to_save" in config else WITH_HEAD
+    model, full = adapted(full_folder("llama"), rounding, config), tiny("llama", 64)
+    before, layers = snapshot(model), adapted_layers(model)
+    rows = initialize_peft(model, None, init="svd")
+    assert [row["name"] for row in rows] == list(layers)
+    assert not any(row["calibrated"] for row in rows)
+    theirs = {f"base_model.model.{name}.lora_" for name in layers}
+    for name in changed(before, snapshot(model)):
+        assert name.startswith(tuple(theirs))
+    for name, layer in layers.items():
+        E = full.get_submodule(name).weight.detach() - rounded_weight(layer.base_layer)
+        best = nearest_of_rank(E, layer.r["default"])
+        assert (update_of(layer) - best).norm() < 1e-3 * best.norm() > 0
+        lora_A = layer.lora_A["default"].weight
+        assert lora_A.isfinite().all() and lora_A.norm(dim=1).min() > 0.1 * lora_A.norm(dim=1).max()
+
+
+@pytest.mark.parametrize("rank", [8, 200])
+def test_a_head_and_a_rank_beyond_its_layer_take_data(rank, full_folder):
+    """A head with an adapter is calibrated too, and with all of W - Q nothing is left of it."""
+    config = {"r": rank, "target_modules": ["lm_head", "down_proj"]}
+    model, batches = adapted(full_folder("llama"), WITH_HEAD, config), token_batches()
+    full, plain = outputs(tiny("llama", 64), batches), outputs(model, batches)
+    rows = initialize_peft(model, batches)
+    assert rows[-1]["name"] == "lm_head"
+    for row in rows:
+        assert row["initialized"] < (0.9 if rank == 8 else 1e-3)
+    assert (outputs(model, batches) - full).norm() < (plain - full).norm()
+
+
+def test_modes_and_dropout_do_not_reach_calibration(full_folder):
+    """With dropout everywhere a model in train mode starts as one in eval mode, bit for bit."""
+    started = []
+    for training in (False, True):
+        model = adapted(full_folder("opt"), adapter={"lora_dropout": 0.5}).train(training)
+        initialize_peft(model, token_batches())
+        started.append(factors_of(model))
+    first, second = started
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_adapter_that_is_not_active_stays_as_it_is(full_folder):
+    """Of two the active one starts as if it were alone, and the other keeps its bits."""
+    model, alone = adapted(full_folder("opt")), adapted(full_folder("opt"))
+    for layer in adapted_layers(model).values():
+        layer.lora_B["default"].weight.data.normal_()
+    model.add_adapter("second", peft.LoraConfig(r=8, lora_alpha=3, target_modules="all-linear"))
+    model.set_adapter("second")
+    before = snapshot(model)
+    for each in (model, alone):
+        initialize_peft(each, token_batches())
+    names = {name for name in factors_of(model) if ".second." in name}
+    assert changed(before, snapshot(model)) == names
+    ours, theirs = factors_of(model), factors_of(alone)
+    for name in names:
+        assert torch.equal(ours[name], theirs[name.replace("second", "default")])
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("rounded", [True, False])
+def test_a_bfloat16_model_keeps_the_dtype_of_its_adapter(autocast, rounded, full_folder):
+    """Float32 unless peft is told otherwise; the start is that of W - Q within bfloat16."""
+    folder, batches = full_folder("llama"), token_batches()
+    rounding = bitsandbytes_config(4, bnb_4bit_compute_dtype=torch.bfloat16)
+    options = {"quantization_config": rounding} if rounded else {}
+    model = T.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
+    for module in model.modules():
+        module.support_avx512bf16_for_cpu = False
+    config = peft.LoraConfig(r=64, lora_alpha=3, target_modules=["up_proj"])
+    model = peft.get_peft_model(model, config, autocast_adapter_dtype=autocast)
+    initialize_peft(model, batches)
+    dtypes = {p.dtype for p in factors_of(model).values()}
+    assert dtypes == {torch.float32 if autocast else torch.bfloat16}
+    for name, layer in adapted_layers(model).items():
+        W = tiny("llama", 64).get_submodule(name).weight.detach().double()
+        E = W - rounded_weight(layer.base_layer)
+        assert (update_of(layer) - E).abs().max() < 2**-7 * W.abs().max()
+        assert (update_of(layer) - E).norm() < 0.7 * E.norm()
+
+
+def test_an_adapter_that_transformers_added_is_started_too(full_folder):
+    """A model of model.add_adapter, which is no PeftModel, starts as one of get_peft_model."""
+    config = peft.LoraConfig(r=8, lora_alpha=3, target_modules="all-linear")
+    model = nf4_base(full_folder("llama"), quantization_config=NF4)
+    model.add_adapter(config)
+    expected = adapted(full_folder("llama"))
+    for each in (model, expected):
+        initialize_peft(each, token_batches())
+    assert torch.equal(outputs(model, token_batches()), outputs(expected, token_batches()))
+
+
+# Where the weights come from
+
+
+def save_prefixless(full, folder):
+    full.base_model.save_pretrained(folder)
+
+
+def save_sharded(full, folder):
+    full.save_pretrained(folder, max_shard_size="20KB")
+
+
+def save_pickled(full, folder):
+    full.config.save_pretrained(folder)
+    torch.save(full.state_dict(), folder / "pytorch_model.bin")
+
+
+def save_half(full, folder):
+    copy.deepcopy(full).bfloat16().float().save_pretrained(folder)
+
+
+SAVES = [save_prefixless, save_sharded, save_pickled]
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt2"])
+@pytest.mark.parametrize("save", SAVES)
+def test_weights_are_found_in_any_checkpoint(save, family, full_folder, tmp_path):
+    """Sharded, pickled, or without the prefix of the base model, they give one start: that of the
+    folder that the base was loaded from, and of the model itself."""
+    full = tiny(family, 64)
+    save(full, tmp_path)
+    assert len([*tmp_path.glob("*.safetensors")]) != 1 or save is save_prefixless
+    H, starts = input_correlations(full, token_batches()), []
+    for weights in (None, str(tmp_path), tmp_path, full):
+        model = adapted(full_folder(family))
+        if weights is not None:
+            model.get_base_model().name_or_path = "nowhere"
+        initialize_peft(model, None, weights, H=H)
+        starts.append(factors_of(model))
+    first, *others = starts
+    for name, other in itertools.product(first, others):
+        assert torch.equal(other[name], first[name])
+
+
+def test_the_weights_given_are_those_that_are_used(full_folder, tmp_path):
+    """Of full rank the update is W - Q of that W, not of what the base was loaded from."""
+    full = tiny("llama", 64)
+    save_half(full, tmp_path)
+    for weights in (tmp_path, T.AutoModelForCausalLM.from_pretrained(tmp_path)):
+        model = adapted(full_folder("llama"), adapter={"r": 64})
+        initialize_peft(model, None, weights, "svd")
+        for name, layer in adapted_layers(model).items():
+            W = full.get_submodule(name).weight.detach().bfloat16().double()
+            E = W - rounded_weight(layer.base_layer)
+            assert (update_of(layer) - E).norm() < 1e-5 * E.norm()
+
+
+# Options
+
+
+def started_in_place(folder, *args, **options):
+    model = adapted(folder)
+    rows = initialize_peft(model, *args, **options)
+    return factors_of(model), rows
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_passes_in_place_end_bit_for_bit_alike(family, full_folder):
+    """With room for two H at a time, several passes give the factors and the rows of one."""
+    folder, batches, passes = full_folder(family), token_batches(), []
+    largest = max(M.nbytes for M in input_correlations(tiny(family, 64), batches).values())
+
+    def progress(names):
+        passes.append(names)
+        return names
+
+    expected, rows = started_in_place(folder, batches)
+    options = {"memory": 2 * largest, "progress": progress}
+    factors, others = started_in_place(folder, batches, **options)
+    names = sorted(row["name"] for row in rows)
+    assert len(passes) > 2 and sorted(sum(passes, [])) == sorted(2 * names)
+    for row in (*rows, *others):
+        del row["seconds"]
+    assert rows == others and all(torch.equal(factors[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("init, steps", [("qlora", 20), ("svd", 20), ("quailora", 3), ("exact", 0)])
+def test_init_and_steps_are_those_of_apply(init, steps, full_folder):
+    """Each method that leaves Q alone gives the product that it gives in apply_quailora."""
+    model, batches = tiny("llama", 64), token_batches()
+    H = input_correlations(model, batches)
+    apply_quailora(model, None, 8, 3, init=init, steps=steps, H=H)
+    ours = adapted(full_folder("llama"))
+    initialize_peft(ours, None, init=init, steps=steps, H=H)
+    for name, layer in adapted_layers(ours).items():
+        expected = model.get_submodule(name).update().detach().double()
+        assert (update_of(layer) - expected).norm() <= 1e-3 * expected.norm()
+        assert (expected.norm() > 0) == (init != "qlora")
+
+
+# What is refused
+
+
+@contextlib.contextmanager
+def refused(model, message, kind=ValueError):
+    """An error of this message, and not a bit of the model is another."""
+    before = snapshot(model)
+    with pytest.raises(kind, match=message):
+        yield
+    assert not changed(before, snapshot(model))
+
+
+OPTIONS_REFUSED = [
+    ({"init": "loftq"}, "init 'loftq' chooses Q"),
+    ({"init": "cloq"}, "init 'cloq' chooses Q"),
+    ({"init": "joint"}, "init 'joint' chooses Q"),
+    ({"init": "best"}, "init must be one of .* got 'best'"),
+    ({"steps": -1}, "steps must not be negative, got -1"),
+    ({"batches": None}, "init 'quailora' needs calibration data"),
+    ({"batches": []}, "read nothing in calibration"),
+    ({"memory": 100}, "the H of .* takes .* bytes, more than 100"),
+    ({"H": {}}, "H has nothing for model.layers.0.mlp.down_proj"),
+]
+
+
+@pytest.mark.parametrize("options, message", OPTIONS_REFUSED)
+def test_options_that_cannot_be_are_refused_in_place(options, message, full_folder):
+    """With the reason, and before anything is changed."""
+    model = adapted(full_folder("llama")).train()
+    with refused(model, message):
+        initialize_peft(model, **{"batches": token_batches(), **options})
+
+
+@pytest.mark.parametrize("value, message", [(math.nan, "4096 entries of H of .* are NaN"), (0, "")])
+def test_a_bad_h_of_the_last_layer_leaves_all_as_it_is(value, message, full_folder):
+    """No layer is started before the last has been solved: also for an H of another shape."""
+    model, full = adapted(full_folder("llama")), tiny("llama", 64)
+    H, last = input_correlations(full, token_batches()), "model.layers.1.self_attn.o_proj"
+    H |= {last: torch.full((64, 64), value) if message else torch.ones(3, 3)}
+    with refused(model, message or rf"H of {last} must be \(64, 64\), got \(3, 3\)"):
+        initialize_peft(model, None, H=H)
+
+
+def with_two_active(model):
+    model.add_adapter("second", peft.LoraConfig(r=4, target_modules="all-linear"))
+    model.base_model.set_adapter(["default", "second"])
+    return model
+
+
+def with_merged(model):
+    model.merge_adapter()
+    return model
+
+
+def without_a_source(model):
+    model.get_base_model().name_or_path = ""
+    return model
+
+
+MODELS_REFUSED = {
+    "plain": (lambda folder: nf4_base(folder), "LlamaForCausalLM has no LoRA layers"),
+    "ours": (lambda folder: ours_on(folder), "LlamaForCausalLM has no LoRA layers"),
+    "dora": (lambda folder: adapted(folder, adapter={"use_dora": True}), "no plain LoRA .*Dora"),
+    "merged": (lambda folder: with_merged(adapted(folder)), "is merged: call unmerge_adapter"),
+    "two active": (lambda folder: with_two_active(adapted(folder)), "has 2 active adapters"),
+    "no source": (lambda folder: without_a_source(adapted(folder)), "loaded from is not known"),
+    "embeddings": (
+        lambda folder: adapted(folder, adapter={"target_modules": ["embed_tokens"]}),
+        "has no LoRA layers",
+    ),
+}
+
+
+def ours_on(folder):
+    model = nf4_base(folder)
+    apply_quailora(model, None, 8, init="qlora")
+    return model
+
+
+@pytest.mark.parametrize("make, message", MODELS_REFUSED.values(), ids=MODELS_REFUSED)
+def test_a_model_without_a_plain_adapter_is_refused(make, message, full_folder):
+    """What has no LoRA of peft's, or none whose start is known, is named."""
+    model = make(full_folder("llama"))
+    with refused(model, message):
+        initialize_peft(model, token_batches())
+
+
+def without(full, folder, name="model.layers.1.mlp.up_proj.weight"):
+    """A checkpoint that lacks one weight."""
+    full.save_pretrained(folder)
+    file = folder / "model.safetensors"
+    tensors = load_safetensors(file.read_bytes())
+    del tensors[name]
+    save_file(tensors, file, {"format": "pt"})
+
+
+def with_nan(full, folder):
+    full.get_submodule("model.layers.1.mlp.up_proj").weight.data[3, 4] = math.nan
+    full.save_pretrained(folder)
+
+
+def of_other_weights(full, folder):
+    torch.manual_seed(1)
+    TEXT_MODELS["llama"](64).save_pretrained(folder)
+
+
+def of_other_shapes(full, folder):
+    tiny("llama", 32).save_pretrained(folder)
+
+
+def of_fewer_layers(full, folder):
+    full.config.num_hidden_layers = 1
+    full.model.layers = full.model.layers[:1]
+    full.save_pretrained(folder)
+
+
+def rounded_already(full, folder):
+    full.save_pretrained(folder / "full")
+    nf4_base(folder / "full", quantization_config=NF4).save_pretrained(folder)
+
+
+WEIGHTS_REFUSED = [
+    (without, r"weights: model.layers.1.mlp.up_proj.weight is not there"),
+    (with_nan, "1 of 8192 weights of model.layers.1.mlp.up_proj are NaN or inf"),
+    (of_other_weights, r"is 1\.\d* \|\| W \|\| in model.*: not the W of this base"),
+    (of_other_shapes, r"q_proj.weight is \(32, 32\), its base is \(64, 64\)"),
+    (of_fewer_layers, r"weights: model.layers.1.* is not there"),
+    (rounded_already, "is quantized; say where it is in full precision"),
+]
+
+
+@pytest.mark.parametrize("save, message", WEIGHTS_REFUSED)
+def test_weights_that_are_not_of_this_base_are_refused(save, message, full_folder, tmp_path):
+    """Missing, of another shape, of another model, rounded, or not finite: named, and no change."""
+    save(tiny("llama", 64), tmp_path)
+    model = adapted(full_folder("llama"))
+    with refused(model, message):
+        initialize_peft(model, token_batches(), tmp_path)
+
+
+def test_a_folder_without_a_model_is_what_transformers_raises(full_folder, tmp_path):
+    """The error of transformers, and no change."""
+    model = adapted(full_folder("llama"))
+    with refused(model, "no file named model.safetensors", OSError):
+        initialize_peft(model, token_batches(), tmp_path)
+
+
+def test_no_model_of_default_size_is_made_for_another_family(full_folder, monkeypatch):
+    """A folder of another kind of model is refused before its configuration, of which nothing is
+    known to this one, stands for a model of billions of random weights."""
+    make = T.GPT2LMHeadModel.__init__
+
+    def small(self, config, *args, **options):
+        assert config.n_embd == 64, f"a model of width {config.n_embd} was made"
+        make(self, config, *args, **options)
+
+    model = adapted(full_folder("gpt2"))
+    monkeypatch.setattr(T.GPT2LMHeadModel, "__init__", small)
+    with refused(model, "llama|is not there"):
+        initialize_peft(model, token_batches(), full_folder("llama"))
+
+
+@pytest.mark.parametrize("at", ["batch", "layer"])
+def test_an_exception_leaves_a_peft_model_as_it_was(at, full_folder):
+    """In a pass over the batches, or after some layers were solved: modes, hooks and bits."""
+    model = adapted(full_folder("opt")).train()
+
+    def failing(items):
+        yield from items[:2]
+        raise KeyError("stopped")
+
+    batches = failing(token_batches()) if at == "batch" else token_batches()
+    with refused(model, "stopped", KeyError):
+        initialize_peft(model, batches, progress=failing if at == "layer" else list)
+
+
+# After the start: training, saving, SmolLM2
+
+
+def lora_gradients(model, batch):
+    model.train().zero_grad()
+    model(**batch).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+HAS_BFLOAT16 = bitsandbytes.nn.Linear4bit(64, 64).support_avx512bf16_for_cpu
+
+
+@pytest.mark.skipif(not HAS_BFLOAT16, reason="needs a CPU with AVX-512 BF16")
+@pytest.mark.parametrize("data", ["batches", "H"])
+def test_bitsandbytes_gradients_are_right_after_a_start(data, full_folder):
+    """Its weights are not packed for inference, after which its gradients would be wrong."""
+    batches, gradients = token_batches(), []
+    H = input_correlations(tiny("llama", 64), batches)
+    for packs in (False, True):
+        model = adapted(full_folder("llama"))
+        for module in model.modules():
+            if isinstance(module, bitsandbytes.nn.Linear4bit):
+                module.support_avx512bf16_for_cpu = packs
+        given = {"batches": None, "H": H} if data == "H" else {"batches": batches}
+        initialize_peft(model, **given)
+        gradients.append(lora_gradients(model, batches[0]))
+    expected, ours = gradients
+    for name in expected:
+        assert torch.allclose(ours[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(not HAS_BFLOAT16, reason="needs a CPU with AVX-512 BF16")
+def test_a_base_packed_for_inference_starts_as_any_other(full_folder):
+    """Evaluated before on such a CPU, its start is that of the same weights within bfloat16."""
+    batches, starts = token_batches(), []
+    for packs in (False, True):
+        model = adapted(full_folder("llama"), adapter={"r": 64})
+        for module in model.modules():
+            if isinstance(module, bitsandbytes.nn.Linear4bit):
+                module.support_avx512bf16_for_cpu = packs
+        outputs(model, batches)
+        initialize_peft(model, batches, init="svd")
+        starts.append({name: update_of(m) for name, m in adapted_layers(model).items()})
+    expected, ours = starts
+    for name, update in expected.items():
+        assert (ours[name] - update).norm() < 0.05 * update.norm()
+
+
+@pytest.mark.parametrize("family", TEXT_MODELS)
+def test_peft_saves_and_loads_what_was_started(family, full_folder, tmp_path):
+    """On a base loaded anew, the outputs are the same."""
+    folder, batches = full_folder(family), token_batches()
+    model = adapted(folder)
+    initialize_peft(model, batches)
+    model.save_pretrained(tmp_path)
+    base = nf4_base(folder, quantization_config=NF4)
+    assert not torch.equal(outputs(base, batches), outputs(model, batches))
+    again = peft.PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(outputs(again, batches), outputs(model, batches))
+
+
+@pytest.mark.network
+def test_a_start_in_place_is_that_of_train_on_smollm2():
+    """SmolLM2 in NF4, calibrated as train.py does, has the perplexity of assets/RESULTS.md."""
+    full, tokenizer = train.load_model("smollm2-135m")
+    calibration, *_, validation = train.sequences(train.parse_args([]), tokenizer, full)
+    model = adapted(train.smollm2(), adapter={"r": 64, "lora_alpha": 16})
+    initialize_peft(model, calibration.split(4))
+    with torch.no_grad():
+        losses = [model(input_ids=ids, labels=ids).loss.item() for ids in validation.split(4)]
+    assert math.exp(statistics.mean(losses)) == pytest.approx(16.692, rel=5e-3)
+
+
+# ------------------------------------------------------------------------------------ 9  train.py
 
 
 def run_train(*args, **kwargs):
