@@ -605,7 +605,7 @@ def prepared(
     rounded = getattr(model, "is_quantized", False) and model.quantization_method
     if rounded and rounded != "gguf":  # that becomes floats
         what = "load it in full precision, or take get_peft_model and initialize_peft"
-        raise ValueError(f"{kind} is quantized already ({rounded}): {what}")
+        raise ValueError(f"{kind} is quantized already ({rounded.value}): {what}")
     if not (layers := linear_layers(model, skip)):
         raise ValueError(f"{kind} has no linear layers to replace")
     _warn_of_others(model, [*layers.values(), *map(model.get_submodule, skip)])
@@ -626,14 +626,14 @@ def _warn_of_others(model, layers):
     known = [*layers, *(m for m in body.modules() if isinstance(m, nn.Embedding))]
     known = {id(p) for layer in known for p in layer.parameters()}
     named = [(name, p) for name, p in body.named_parameters() if p.ndim > 1]
-    others = {name: p.numel() for name, p in named if id(p) not in known}
+    others = {id(p): p.numel() for _, p in named if id(p) not in known}
     share = sum(others.values()) / sum(p.numel() for _, p in named)
     if share > 0.05:
-        names = f"{next(iter(others))} and {len(others) - 1} more"
+        names = [name for name, p in model.named_parameters() if id(p) in others]
+        names = f"{names[0]} and {len(names) - 1} more"
         warnings.warn(f"{share:.0%} of the weights stay in full precision: {names}", stacklevel=4)
 
 
-@torch.no_grad()
 def input_correlations(model: nn.Module, batches: Iterable, skip=(), memory=math.inf) -> dict:
     """name -> H = X X^T, (in, in) in float32 or float64, of each of `linear_layers`, over all of
     `batches`, and over all processes of torch.distributed; one H for all that read the same tensor.
@@ -647,15 +647,12 @@ def input_correlations(model: nn.Module, batches: Iterable, skip=(), memory=math
     return _correlations(body, layers, batches, memory, _evaluating)
 
 
+@torch.no_grad()
 def _correlations(model, layers, batches, memory, context):
     """`input_correlations` of these layers, with the model in context(model)."""
-    H, masks, encoded = {}, [None, None], None
+    H, masks = {}, [None, None]
     readers = {name: [] for name in layers}  # for each call, the first reader of the same tensor
     first = WeakIdKeyDictionary()  # tensor -> its version, which a write to it changes -> layer
-
-    def encode(_, args, output):
-        nonlocal encoded
-        encoded = output[0]
 
     def read(name, layer, args):
         x = args[0]
@@ -664,7 +661,7 @@ def _correlations(model, layers, batches, memory, context):
         readers[name].append(reader)
         if reader != name:
             return
-        x = _tokens(x, masks[layer in decoder and x is not encoded])
+        x = _tokens(x, masks[decodes(layer, x)])
         need = x.shape[1] ** 2 * x.itemsize
         if name not in H and sum(M.nbytes for M in H.values()) + need <= memory:
             H[name] = x.new_zeros(x.shape[1], x.shape[1])
@@ -676,11 +673,7 @@ def _correlations(model, layers, batches, memory, context):
     with context(model) as stack:
         for name, layer in layers.items():
             stack.enter_context(layer.register_forward_pre_hook(partial(read, name)))
-        decoder = set()
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            encoder = model.get_encoder()
-            decoder = {*layers.values()} - {*encoder.modules()}
-            stack.enter_context(encoder.register_forward_hook(encode))
+        decodes = _decoding(model, stack)
         for batch in batches:
             args, kwargs, masks = _arguments(batch, next(model.parameters()).device)
             model(*args, **kwargs)
@@ -691,6 +684,21 @@ def _correlations(model, layers, batches, memory, context):
             raise RuntimeError(f"{name} reads the same tensor as {found[0]} in some calls only")
     H = {name: _summed(H[name], name) for name in layers if name in H}  # everywhere in one order
     return {name: H[found[0]] for name, found in readers.items() if found[0] in H}
+
+
+def _decoding(model, stack):
+    """layer, x -> whether x, which it reads, has the positions of a decoder, and not those of the
+    encoder beside it; as long as `stack` is open."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return lambda layer, x: False
+    encoder, encoded = model.get_encoder(), [None]
+
+    def encode(_, args, output):
+        encoded[0] = output[0]
+
+    stack.enter_context(encoder.register_forward_hook(encode))
+    inside = {*encoder.modules()}
+    return lambda layer, x: layer not in inside and x is not encoded[0]
 
 
 def _arguments(batch, device):
@@ -709,7 +717,7 @@ def _arguments(batch, device):
 def _tokens(x, mask):
     """What a layer read, (..., in), as (tokens, in) in float32 at least, where the mask is set."""
     x = x.reshape(-1, x.shape[-1])
-    return _float(x if mask is None or len(mask) != len(x) else x[mask])
+    return _float(x if mask is None or len(mask) != len(x) else x[mask.to(x.device)])
 
 
 def _summed(H, name):
@@ -731,6 +739,9 @@ def _evaluating(model):
             stack.callback(setattr, config, "use_cache", True)
             config.use_cache = False
     model.eval()
+    fast = torch.backends.mha.get_fastpath_enabled()
+    stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+    torch.backends.mha.set_fastpath_enabled(False)  # it goes past the layers
     return stack
 
 
@@ -836,8 +847,9 @@ def _in_one_piece(file):
             os.fsync(written.fileno())
         started.replace(file)
     except OSError as error:
-        started.unlink(missing_ok=True)
         raise OSError(f"{file} could not be written: {error.strerror or error}") from error
+    finally:
+        started.unlink(missing_ok=True)
 
 
 def load_adapter(model, folder, base=None):
@@ -1214,7 +1226,7 @@ def apply_sequentially(
     layers, start = prepared(model, rank, alpha, bits, init, steps, skip, None, **options)
     if not INITS[init].needs_data:
         raise ValueError(f"a sequential start needs a method that uses data, not {init!r}")
-    args, kwargs, (mask, _) = _arguments(_twice(batches), next(model.parameters()).device)
+    args, kwargs, masks = _arguments(_twice(batches), next(model.parameters()).device)
     rows = len(next(x for x in [*args, *kwargs.values()] if isinstance(x, Tensor)))
     done, bar = {}, iter(progress(list(layers)))
 
@@ -1225,6 +1237,7 @@ def apply_sequentially(
         layer, (full, ours) = layers[name], x.chunk(2)
         if name not in done:  # a layer that is called again keeps what its first call gave
             next(bar, None)
+            mask = masks[decodes(layer, x)]
             done[name] = new = start(*_shifted(layer, *_tokens(x, mask).chunk(2), name))
             new.kind, new.own_base, new.base.dtype = type(layer), bits < 16, layer.weight.dtype
         return torch.cat([type(layer).forward(layer, full), done[name](ours)])
@@ -1233,7 +1246,9 @@ def apply_sequentially(
         for name, layer in layers.items():
             layer.forward = partial(forward, name)
             stack.callback(delattr, layer, "forward")
-        getattr(model, "base_model", model)(*args, **kwargs)
+        body = getattr(model, "base_model", model)
+        decodes = _decoding(body, stack)
+        body(*args, **kwargs)
     next(bar, None)
     for name, layer in layers.items():
         if name not in done:
@@ -1406,9 +1421,10 @@ def save_gguf(model, template, file):
         raise ValueError(f"{type(model).__name__} has no layers of QA-LoRA")
     try:
         reader = GGUFReader(template)
-    except (ValueError, IndexError) as error:
-        raise ValueError(f"{template} is no GGUF, or damaged: {error}") from error
-    new = _q4_1_tensors(layers, reader, template)
+        names, heads = _gguf_layout(reader)
+    except (IndexError, KeyError, StopIteration, TypeError, ValueError) as error:
+        raise ValueError(f"{template} is no GGUF of a model, or damaged: {error!r}") from error
+    new = _q4_1_tensors(layers, reader, names, heads, template)
     fields = {key: x for key, x in reader.fields.items() if not key.startswith("GGUF.")}
     writer = GGUFWriter(None, fields.pop("general.architecture").contents())
     writer.data_alignment = reader.alignment
@@ -1424,20 +1440,30 @@ def save_gguf(model, template, file):
         writer.write_header_to_file(started)
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
+        size = writer.fout[0].tell()
         writer.close()
+        if started.stat().st_size < size:  # numpy does not say so
+            raise OSError("No space left on device")
 
 
-def _q4_1_tensors(layers, reader, template):
-    """Name in the GGUF -> bytes, (out, in / 32 * 20), of each layer."""
+def _gguf_layout(reader):
+    """gguf's map from a name in transformers to that of the tensor, and the numbers of heads."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    value = {
-        key: field.contents() for key, field in reader.fields.items() if "tokenizer" not in key
-    }
-    kind = value["general.architecture"]
-    architecture = next(a for a, name in MODEL_ARCH_NAMES.items() if name == kind)
-    names = get_tensor_name_map(architecture, value[f"{kind}.block_count"])
-    heads = {value.get(f"{kind}.attention.{key}") for key in ("head_count", "head_count_kv")}
+    def value(key):
+        return reader.fields[key].contents() if key in reader.fields else None
+
+    kind = value("general.architecture")
+    architecture = next(known for known, name in MODEL_ARCH_NAMES.items() if name == kind)
+    heads = set()
+    for key in ("head_count", "head_count_kv"):
+        count = value(f"{kind}.attention.{key}")
+        heads |= {*count} if isinstance(count, list) else {count}  # a list has one for each block
+    return get_tensor_name_map(architecture, value(f"{kind}.block_count")), heads - {None, 0}
+
+
+def _q4_1_tensors(layers, reader, names, heads, template):
+    """Name in the GGUF -> bytes, (out, in / 32 * 20), of each layer."""
     known, new = {tensor.name: tensor for tensor in reader.tensors}, {}
     for name, layer in layers.items():
         base, tensor = layer.base, known.get(names.get_name(f"{name}.weight", (".weight",)))
@@ -1452,7 +1478,9 @@ def _q4_1_tensors(layers, reader, template):
         rows, far = _rows_as_in(tensor, layer.merged_weight().float().cpu(), heads)
         if far > 1:
             raise ValueError(f"{template} is of another model: {name} is {far:.2f} || W || away")
-        new[tensor.name] = _q4_1(base, rows).numpy()
+        if (new_bytes := _q4_1(base, rows)) is None:
+            raise ValueError(f"{name} has a scale or zero point that float16 cannot hold")
+        new[tensor.name] = new_bytes.numpy()
     return new
 
 
@@ -1466,7 +1494,7 @@ def _rows_as_in(tensor, W, heads):
         torch.arange(len(W)),
     )
     orders = [rows]
-    for h in heads - {None}:
+    for h in heads:
         if len(W) % (2 * h) == 0:  # q, k of LLaMA: the halves of a head in turn
             orders.append(rows.view(h, 2, -1).mT.reshape(-1))
         if len(W) % (3 * h) == 0:  # BLOOM, GPT-NeoX: q of all heads, k, v
@@ -1478,14 +1506,17 @@ def _rows_as_in(tensor, W, heads):
 
 def _q4_1(base, rows):
     """Blocks of d and m in float16 and 32 codes: 16 bytes, each with one of the first half low and
-    one of the second high."""
+    one of the second high. None if d or m is beyond float16."""
     out, n = base.shape
     codes = base.unpacked()[rows].view(out, n // 32, 2, 16).to(torch.uint8).cpu()
     blocks = [base.absmax, -base.absmax * base.zero]
     blocks = [x.view(out, -1)[rows].repeat_interleave(base.group_size // 32, 1) for x in blocks]
-    halves = torch.stack(blocks, -1).to(torch.float16).cpu().view(torch.uint8)  # (out, n / 32, 4)
+    halves = torch.stack(blocks, -1).to(torch.float16).cpu()  # (out, n / 32, 2)
+    off = (halves[:, :, 0] - blocks[0].cpu()).abs() > blocks[0].cpu() / 64
+    if off.any() or not halves.isfinite().all():
+        return None
     packed = codes[:, :, 0] + 16 * codes[:, :, 1]
-    return torch.cat([halves, packed], -1).view(out, -1)
+    return torch.cat([halves.view(torch.uint8), packed], -1).view(out, -1)
 
 
 # ---------------------------------------- 9  The model you already have: the adapter that peft made

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Properties of quailora.py, each against an oracle: a closed form, dense float64, or bitsandbytes.
 
-In the order of the reader: equations, quantization, layer, models, disk, family, QA-LoRA, peft, train.py.
+In the order of the reader: equations, layer, models, disk, family, QA-LoRA, peft, train.py.
 """
 
 import collections
@@ -26,6 +26,7 @@ import weakref
 from pathlib import Path
 
 import bitsandbytes
+import gguf
 import peft
 import pytest
 import torch
@@ -36,6 +37,9 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import quailora
 import train
@@ -929,6 +933,47 @@ def test_repr_says_what_the_layer_is():
         assert said in repr(layer)
 
 
+@pytest.mark.parametrize("conv1d, layout", [(False, {}), (True, {}), (False, {"group_size": 8})])
+def test_the_weight_of_a_layer_is_the_merged_one_and_trains(conv1d, layout):
+    """It is Q + scaling lora_B lora_A, of a Conv1D transposed, and its gradients are of that."""
+    linear, H = make_linear(conv1d=conv1d)
+    kind, rounding = (QALoRALinear, quantize_groups) if layout else (LoRALinear, quantize)
+    layer = kind.from_linear(linear, H, rank=6, alpha=5, **layout)
+    nn.init.normal_(layer.lora_B)
+    lora_A = layer.lora_A.detach().clone().requires_grad_()
+    lora_B = layer.lora_B.detach().clone().requires_grad_()
+    Q = rounding(linear.weight.detach().T if conv1d else linear.weight.detach(), **layout)
+    update = 5 / 6 * lora_B @ lora_A.repeat_interleave(layout.get("group_size", 1), 1)
+    dense = Q.dequantize() + update
+    dense = dense.T if conv1d else dense
+    assert layer.weight.shape == linear.weight.shape and layer.weight.dtype == torch.float64
+    C = normal(seeded(), *linear.weight.shape)
+    (C * layer.weight).square().sum().backward()
+    (C * dense).square().sum().backward()
+    assert torch.allclose(C * layer.weight, C * dense)
+    assert torch.allclose(layer.lora_A.grad, lora_A.grad)
+    assert torch.allclose(layer.lora_B.grad, lora_B.grad)
+    layer.set_adapter(None, None, 5)
+    assert torch.allclose(layer.weight + 0, (dense - (update.T if conv1d else update)))
+
+
+@pytest.mark.parametrize("conv1d", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_reads_the_dtype_of_a_weight_pays_for_no_weight(conv1d, dtype, monkeypatch):
+    """Its dtype, shape and device are there without a look at the codes; its values are not."""
+
+    def refuse(*_):
+        raise ZeroDivisionError
+
+    linear, H = make_linear(conv1d=conv1d, dtype=dtype)
+    weight = LoRALinear.from_linear(linear, H, rank=8).weight
+    monkeypatch.setattr(QuantizedWeight, "dequantize", refuse)
+    assert isinstance(weight, torch.Tensor) and weight.dtype == dtype
+    assert weight.shape == linear.weight.shape and weight.device == linear.weight.device
+    with pytest.raises(ZeroDivisionError):
+        weight.sum()
+
+
 # -------------------------------------------------------------------------------- 4  Whole models
 
 
@@ -1432,6 +1477,467 @@ def test_the_demonstration_falls_from_qlora_to_the_floor():
     assert errors[-2] < errors[1] and errors[-1] <= errors[-2] < 1.01 * errors[-1]
 
 
+def state_of(model):
+    """All modules and tensors of a model, as what can be compared, and the tensors' values."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    marks = [(name, id(x), x._version, x.requires_grad, x.device) for name, x in tensors]
+    values = [x.detach().clone() for _, x in tensors if not x.is_meta]
+    return [*model.modules()], marks, values
+
+
+def check_refused(call, model, message):
+    """In one line, before a batch is read, and with the model as it was."""
+    modules, marks, values = state_of(model)
+    with pytest.raises(ValueError, match=message) as raised:
+        call(model, (pytest.fail("calibrated") for _ in range(1)), rank=8)
+    assert "\n" not in str(raised.value)
+    found = state_of(model)
+    assert found[:2] == (modules, marks)
+    assert all(torch.equal(x, y) for x, y in zip(found[2], values, strict=True))
+
+
+STARTS = pytest.mark.parametrize("call", [apply_quailora, apply_sequentially])
+
+
+@STARTS
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_model_that_is_quantized_already_is_refused(call, bits, tmp_path):
+    """One that bitsandbytes rounded, by a word on it and on initialize_peft, which takes it."""
+    tiny("opt").save_pretrained(tmp_path)
+    rounded = T.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    model = T.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=rounded)
+    kind = {4: "Linear4bit", 8: "Linear8bitLt"}[bits]
+    assert type(model.get_submodule(FIRST)).__name__ == kind
+    check_refused(call, model, r"^OPTForCausalLM is .* \(bitsandbytes\): .*initialize_peft")
+
+
+@STARTS
+def test_a_model_that_was_read_from_a_gguf_is_not_refused(call):
+    """Its weights are floats, though transformers marks it as quantized: it is like another."""
+    model, other, batches = tiny("opt"), tiny("opt"), token_batches(padded=False)
+    method = T.utils.quantization_config.QuantizationMethod.GGUF
+    model.is_quantized, model.quantization_method = True, method
+    for which in (model, other):
+        call(which, batches, rank=8)
+    assert len(lora_layers(model)) == 12
+    assert torch.equal(outputs(model, batches), outputs(other, batches))
+
+
+ADAPTED = {  # model -> one that is adapted already
+    "peft": lambda model: peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules=["fc1", "k_proj"])
+    ),
+    "peft in place": lambda model: peft.inject_adapter_in_model(
+        peft.LoraConfig(r=4, target_modules=["fc2"]), model
+    ),
+    "dora": lambda model: peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules="all-linear", use_dora=True)
+    ),
+    "quailora": lambda model: apply_quailora(model, None, rank=8, init="svd") and model,
+    "qa-lora": lambda model: apply_quailora(model, None, 8, init="svd", group_size=8) and model,
+}
+
+
+@STARTS
+@pytest.mark.parametrize("kind", ADAPTED)
+def test_a_model_that_has_an_adapter_already_is_refused(call, kind):
+    """Of peft's or of ours, by the name of its first layer, and initialize_peft is named."""
+    model = ADAPTED[kind](tiny("opt"))
+    first = next(name for name, m in model.named_modules() if hasattr(m, "lora_A"))
+    check_refused(call, model, f"^{first} of .*has an adapter already: initialize_peft")
+
+
+@STARTS
+@pytest.mark.parametrize("where", ["disk", "meta"])
+def test_a_weight_that_is_not_in_memory_is_refused_by_name(call, where, tmp_path):
+    """On disk, as accelerate leaves it, or nowhere: with what to do, and the model as it was."""
+    model, name, options = tiny("opt"), "model.decoder.layers.1.fc1", {}
+    expected, batches = outputs(model, token_batches()), token_batches()
+    if where == "disk":
+        model.save_pretrained(tmp_path / "model")
+        options = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "disk"}
+        model, name = T.OPTForCausalLM.from_pretrained(tmp_path / "model", **options), FIRST
+    else:
+        model.get_submodule(name).to("meta")
+    message = f"^the weight of {name} is not in memory: load the model without offloading"
+    check_refused(call, model, message)
+    if where == "disk":
+        assert torch.equal(outputs(model, batches), expected)
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it lives on another device than the CPU, and holds its numbers there."""
+
+    @staticmethod
+    def __new__(cls, x):
+        like = {"dtype": x.dtype, "strides": x.stride(), "device": torch.device("meta")}
+        return torch.Tensor._make_wrapper_subclass(cls, x.shape, **like)
+
+    def __init__(self, x):
+        self.x = x
+
+    def tolist(self):
+        return self.x.tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return run_elsewhere(function, args, kwargs or {})
+
+
+def run_elsewhere(function, args, kwargs):
+    """`function` on the CPU; as on a GPU, tensors of both devices go into moves alone, and an
+    index, or a mask, into its own device or from the CPU."""
+    name, flat = function.overloadpacket.__name__, tree_leaves((args, kwargs))
+    tensors = [x for x in flat if isinstance(x, torch.Tensor) and x.ndim and x.numel()]
+    there = [isinstance(x, Elsewhere) for x in tensors]
+    alike = there[0] if name in ("index", "index_put_") and there else all(there)
+    if any(there) and not alike and name not in ("_to_copy", "copy_"):
+        raise RuntimeError(f"{function} mixes devices: {there}")
+
+    def bare(x):
+        if isinstance(x, torch.device):
+            return torch.device("cpu")
+        return x.x if isinstance(x, Elsewhere) else x
+
+    def wrapped(x):
+        if not isinstance(x, torch.Tensor):
+            return x
+        same = [y for y in flat if isinstance(y, Elsewhere) and y.x is x]  # that of one in place
+        return same[0] if same else Elsewhere(x)
+
+    to = kwargs.get("device")
+    out = function(*tree_map(bare, args), **tree_map(bare, kwargs))
+    if name == "copy_":
+        return args[0]
+    here = not any(isinstance(x, Elsewhere) for x in flat) if to is None else to.type == "cpu"
+    return out if here or name == "_local_scalar_dense" else tree_map(wrapped, out)
+
+
+class SecondDevice(TorchDispatchMode):
+    """In this context torch.device("meta") is one that computes: see Elsewhere."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return run_elsewhere(function, args, kwargs or {})
+
+
+class OnTwoDevices(nn.Sequential):
+    """Two linear layers, one of them on another device: each gets its inputs on its own."""
+
+    def __init__(self, far=None):
+        torch.manual_seed(0)
+        super().__init__(nn.Linear(16, 24), nn.Linear(24, 12))
+        self.devices = ["meta" if i == far else "cpu" for i in range(2)]
+        for layer, device in zip(self, self.devices, strict=True):
+            for name, p in layer.named_parameters():
+                layer._parameters[name] = nn.Parameter(p.data.to(device))
+
+    def forward(self, x, attention_mask=None):
+        for layer, device in zip(self, self.devices, strict=True):
+            x = layer(x.to(device)).relu()
+        return x.to("cpu")
+
+
+TWO_STARTS = {
+    "batches": lambda model, batches: apply_quailora(model, batches, rank=4),
+    "H": lambda model, batches: apply_quailora(
+        model, None, rank=4, H=input_correlations(OnTwoDevices(), batches)
+    ),
+    "joint": lambda model, batches: apply_quailora(model, batches, 4, init="joint", floor=True),
+    "sequential": lambda model, batches: apply_sequentially(model, batches, rank=4),
+}
+
+
+@pytest.mark.parametrize("far", [0, 1])
+@pytest.mark.parametrize("start", TWO_STARTS)
+def test_each_layer_is_started_on_its_own_device(start, far, monkeypatch):
+    """With a layer on a second device, base, factors and outputs are those of one device, bit for
+    bit, and each where its layer was, though batches, masks and a given H are on the CPU."""
+    monkeypatch.setattr(QuantizedWeight, "kernels", None)  # what does not know the device
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "Generator", lambda _, cpu=torch.Generator: cpu())
+    mask, x = torch.arange(9) < torch.tensor([[5], [9], [7]]), torch.randn(3, 9, 16)
+    batches, one = [{"x": x, "attention_mask": mask}], OnTwoDevices()
+    rows = TWO_STARTS[start](one, batches)
+    with SecondDevice():
+        two = OnTwoDevices(far)
+        found = TWO_STARTS[start](two, batches)
+        state = {name: tensor.to("cpu") for name, tensor in two.state_dict().items()}
+        y = two(x)
+    where = {name: isinstance(tensor.data, Elsewhere) for name, tensor in two.state_dict().items()}
+    assert where == {name: name.startswith(str(far)) for name in one.state_dict()}
+    assert all(torch.equal(state[name], tensor) for name, tensor in one.state_dict().items())
+    assert torch.equal(y, one(x))
+    for row, expected in zip(found, rows, strict=True):
+        assert row["initialized"] == expected["initialized"] < 1
+
+
+def mixture():
+    """A mixture of four experts, each tensor of which holds those of a layer."""
+    torch.manual_seed(0)
+    config = T.MixtralConfig(
+        vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    return T.MixtralForCausalLM(config).eval()
+
+
+@STARTS
+def test_a_mixture_of_experts_is_warned_of_with_its_share(call):
+    """The experts, 3-D parameters, and their routers stay as they are: by share and by name."""
+    model = mixture()
+    sizes = {name: p.numel() for name, p in model.model.named_parameters() if p.ndim > 1}
+    left = {name: size for name, size in sizes.items() if ".mlp." in name}
+    share = round(100 * sum(left.values()) / sum(sizes.values()))
+    assert share > 50 and len(left) == 6
+    first = next(name for name, _ in model.named_parameters() if ".mlp." in name)
+    message = f"^{share}% of the weights stay in full precision: {first} and 5 more$"
+    with pytest.warns(UserWarning, match=message) as warned:
+        call(model, token_batches(padded=False), rank=8)
+    assert len(warned) == 1 and len(lora_layers(model)) == 8
+
+
+@pytest.mark.parametrize("model", [*TEXT_MODELS, "mixture"])
+def test_nothing_is_warned_of_where_all_is_known(model):
+    """Not in the families of text models, nor of what `skip` names."""
+    skip = [f"model.layers.{i}.mlp" for i in range(2)] if model == "mixture" else []
+    model = mixture() if model == "mixture" else tiny(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_quailora(model, None, rank=8, init="svd", skip=skip)
+
+
+ENCODER = dict(
+    vocab_size=384, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+    num_attention_heads=4, num_labels=3, pad_token_id=0,
+)  # fmt: skip
+CLASSIFIERS = {
+    "bert": lambda: T.BertForSequenceClassification(T.BertConfig(**ENCODER)),
+    "roberta": lambda: T.RobertaForSequenceClassification(T.RobertaConfig(**ENCODER)),
+    "llama": lambda: T.LlamaForSequenceClassification(T.LlamaConfig(**ENCODER)),
+    "distilbert": lambda: T.DistilBertForSequenceClassification(
+        T.DistilBertConfig(
+            vocab_size=384, dim=64, hidden_dim=128, n_layers=2, n_heads=4, num_labels=3
+        )
+    ),
+    "tokens": lambda: T.BertForTokenClassification(T.BertConfig(**ENCODER)),
+}
+LANGUAGE_MODELS = {
+    **{family: functools.partial(tiny, family) for family in TEXT_MODELS},
+    "bert": lambda: T.BertForMaskedLM(T.BertConfig(**ENCODER)).eval(),
+    "t5": lambda: encoder_decoder("t5"),
+}
+
+
+def classifier(kind, seed=0):
+    torch.manual_seed(seed)
+    return CLASSIFIERS[kind]().eval()
+
+
+def head_of(model):
+    """Parameters of a transformers model outside of what its prefix names."""
+    body = f"{model.base_model_prefix}."
+    return {name: p for name, p in model.named_parameters() if not name.startswith(body)}
+
+
+def factors_of(model):
+    return {f"{name}.lora_{factor}" for name in lora_layers(model) for factor in "AB"}
+
+
+@STARTS
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_the_head_of_a_classifier_is_not_rounded_and_trains(call, kind):
+    """One step of AdamW changes each of its weights and each layer's factors, and nothing else."""
+    model, batch = classifier(kind), token_batches(1, padded=False)[0]
+    head = {name: p.detach().clone() for name, p in head_of(model).items()}
+    call(model, [batch], rank=8, alpha=3)
+    assert head and all(torch.equal(p, head[name]) for name, p in head_of(model).items())
+    assert trained(model) == head.keys() | factors_of(model) and lora_layers(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    labels = batch["labels"] % 3
+    batch["labels"] = labels if kind == "tokens" else labels[:, 0]
+    model(**batch).loss.backward()
+    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3).step()
+    after = model.state_dict()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == trained(model)
+
+
+@STARTS
+@pytest.mark.parametrize("kind", LANGUAGE_MODELS)
+def test_the_head_of_a_language_model_is_frozen_and_not_saved(call, kind, tmp_path):
+    """With a transform before it, as BERT has one, too: the factors are all that is trained."""
+    model, batches = LANGUAGE_MODELS[kind](), token_batches(1, padded=False)
+    if kind == "t5":
+        batches[0]["decoder_input_ids"] = batches[0]["input_ids"]
+    call(model, batches, rank=8)
+    assert trained(model) == factors_of(model) and lora_layers(model)
+    quailora.save_adapter(model, tmp_path)
+    saved = load_safetensors((tmp_path / "adapter_model.safetensors").read_bytes())
+    assert saved.keys() == {f"base_model.model.{name}.weight" for name in factors_of(model)}
+    config = peft.LoraConfig.from_pretrained(tmp_path)
+    assert config.modules_to_save is None and config.task_type == "CAUSAL_LM"
+
+
+READERS = {  # models that read the weight of a layer, and a batch
+    "t5": lambda: (encoder_decoder("t5"), seq2seq_batch(20)),
+    "encoder": lambda: (
+        nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2).eval(),
+        {"src": torch.randn(3, 9, 32), "src_key_padding_mask": torch.arange(9).repeat(3, 1) > 6},
+    ),
+    "encoder layer": lambda: (
+        nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval(),
+        {"src": torch.randn(3, 9, 32)},
+    ),
+}
+
+
+def reader(kind, dtype, folder):
+    """In `dtype`, as transformers loads it: T5 keeps some weights in float32 in float16."""
+    torch.manual_seed(0)
+    model, batch = READERS[kind]()
+    if kind == "t5":
+        model.save_pretrained(folder)
+        return type(model).from_pretrained(folder, dtype=dtype), batch
+    return model.to(dtype), {**batch, "src": batch["src"].to(dtype)}
+
+
+def logits(model, batch, grad=False):
+    with torch.set_grad_enabled(grad):
+        y = model(**batch)
+    y = y if isinstance(y, torch.Tensor) else y.logits
+    return y[~batch["src_key_padding_mask"]] if "src_key_padding_mask" in batch else y
+
+
+@pytest.mark.filterwarnings("ignore:.*stay in full precision")  # in_proj of nn.MultiheadAttention
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", READERS)
+@STARTS
+def test_models_that_read_the_weight_of_a_layer_run(call, kind, dtype, tmp_path):
+    """T5 and PyTorch's encoder, with and without gradients, and near the outputs of before; the
+    outputs are those of dense layers, which read the same dtypes."""
+    (model, batch), read = reader(kind, dtype, tmp_path), collections.defaultdict(list)
+    dense, full = copy.deepcopy(model), logits(model, batch)
+    call(model, [batch], rank=8)
+
+    def look(of, _, args):
+        read[of].append(args[0].dtype)
+
+    for name, layer in lora_layers(model).items():
+        linear, update = dense.get_submodule(name), layer.scaling * layer.lora_B @ layer.lora_A
+        W = layer.base.dequantize(torch.float32) + update.detach()
+        linear.weight.data = W.to(linear.weight.dtype)
+        layer.register_forward_pre_hook(functools.partial(look, "ours"))
+        linear.register_forward_pre_hook(functools.partial(look, "dense"))
+    y, expected = logits(model, batch), logits(dense, batch)
+    assert y.dtype == full.dtype and read["ours"] == read["dense"]
+    close = 1e-4 if dtype == torch.float32 else 0.02
+    assert (y - expected).norm() < close * expected.norm()
+    assert (y - full).norm() < 0.1 * full.norm()
+    logits(model, batch, grad=True).float().square().sum().backward()
+    assert all(layer.lora_B.grad.isfinite().all() for layer in lora_layers(model).values())
+    assert all(layer.lora_B.grad.any() for layer in lora_layers(model).values())
+
+
+def encoder_decoder(kind):
+    torch.manual_seed(0)
+    if kind == "t5":
+        sizes = dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+        config = T.T5Config(vocab_size=384, **sizes, pad_token_id=0, decoder_start_token_id=0)
+        return T.T5ForConditionalGeneration(config).eval()
+    sizes = dict(encoder_layers=2, decoder_layers=2, encoder_ffn_dim=64, decoder_ffn_dim=64)
+    heads = dict(encoder_attention_heads=4, decoder_attention_heads=4)
+    config = T.BartConfig(vocab_size=384, d_model=32, **sizes, **heads, max_position_embeddings=64)
+    return T.BartForConditionalGeneration(config).eval()
+
+
+def seq2seq_batch(positions, masked=False):
+    """Three pairs, inputs of 20 tokens, of which 8, 0 and 5 are padding, and `positions` of the
+    decoder, of which with `masked` the last 0, 3 and 6 do not count."""
+    ids = torch.randint(1, 384, (2, 3, 40), generator=seeded(1))
+    inputs, targets = ids[0, :, :20], ids[1, :, :positions]
+    ends = [torch.tensor([12, 20, 15]), positions - torch.tensor([0, 3, 6])]
+    masks = [
+        (torch.arange(ids.shape[1]) < end[:, None]).long()
+        for ids, end in zip((inputs, targets), ends, strict=True)
+    ]
+    batch = {"input_ids": inputs, "attention_mask": masks[0], "decoder_input_ids": targets}
+    return {**batch, "decoder_attention_mask": masks[1]} if masked else batch
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("positions", [20, 14])
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_each_layer_of_a_decoder_counts_the_positions_it_reads(kind, positions, masked):
+    """The decoder's its own, by the decoder's mask, all without one, and its cross-attention's keys
+    and values the encoder's, also where both have as many."""
+    model, batch, expected = encoder_decoder(kind), seq2seq_batch(positions, masked), {}
+    H = input_correlations(model, [batch, batch])
+    every = torch.ones(3, positions)
+
+    def record(name, _, args):
+        mask = batch.get("decoder_attention_mask", every) if "decoder." in name else None
+        if mask is None or re.search(r"(EncDecAttention|encoder_attn)\.[kv]", name):
+            mask = batch["attention_mask"]
+        x = args[0][mask.bool()].double()
+        expected[name] = 2 * x.T @ x
+
+    for name, layer in linear_layers(model).items():
+        layer.register_forward_pre_hook(functools.partial(record, name))
+    model(**batch)
+    assert H.keys() == expected.keys() and len(H) == {"t5": 2 * 16, "bart": 2 * 16}[kind]
+    for name, exact in expected.items():
+        size = exact.abs().max().item()
+        assert torch.allclose(H[name].double(), exact, rtol=1e-4, atol=1e-4 * size), name
+
+
+def start_peft(model, batches):
+    """initialize_peft of a model that peft has adapted, from one in full precision."""
+    weights, config = copy.deepcopy(model), peft.LoraConfig(r=4, target_modules="all-linear")
+    return quailora.initialize_peft(peft.get_peft_model(model, config), batches, weights)
+
+
+CALIBRATE = [
+    input_correlations,
+    functools.partial(apply_quailora, rank=8),
+    functools.partial(apply_sequentially, rank=8),
+    start_peft,
+]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("family", ["llama", "opt", "bart"])
+@pytest.mark.parametrize("call", CALIBRATE, ids="H apply sequential peft".split())
+def test_calibration_keeps_no_keys_and_values(call, family, fails):
+    """No pass makes a cache, and afterwards, even after an exception, one is made as before."""
+    model = encoder_decoder("bart") if family == "bart" else tiny(family)
+    batches, kept = token_batches(2, padded=False), []
+
+    def look(module, args, output):
+        kept.append((module.config.use_cache, output.past_key_values))
+        if fails:
+            raise ZeroDivisionError
+
+    hook = model.base_model.register_forward_hook(look)
+    with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+        call(model, batches)
+    assert kept and all(found == (False, None) for found in kept)
+    hook.remove()
+    assert model.config.use_cache is True
+    assert len(model(batches[0]["input_ids"]).past_key_values) > 0
+
+
+@pytest.mark.parametrize("call", CALIBRATE, ids="H apply sequential peft".split())
+def test_calibration_keeps_no_graph_of_the_model(call):
+    """No pass is recorded for backward: H would hold what every batch went through."""
+    model, graphs = tiny("llama"), []
+    hook = model.base_model.register_forward_hook(lambda *call: graphs.append(call[2][0].grad_fn))
+    assert torch.is_grad_enabled()
+    call(model, token_batches(2, padded=False))
+    assert graphs and all(graph is None for graph in graphs)
+    hook.remove()
+    assert torch.is_grad_enabled() and model(torch.ones(1, 3).long()).logits.requires_grad
+
+
 # ------------------------------------------------------------------------------------ 5  On disk
 
 
@@ -1440,9 +1946,9 @@ NF4 = T.BitsAndBytesConfig(
 )
 
 
-def nf4_base(folder, **config):
+def nf4_base(folder, kind=T.AutoModelForCausalLM, **config):
     """The base of a QLoRA user: loaded by transformers, rounded by bitsandbytes."""
-    model = T.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **config)
+    model = kind.from_pretrained(folder, dtype=torch.float32, **config)
     for module in model.modules():  # else in bfloat16 on a CPU that can, where nothing is trained
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
@@ -1746,6 +2252,45 @@ def test_a_full_disk_is_named_and_leaves_the_adapter_of_before(tmp_path, monkeyp
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def changed(model):
+    """What it trains, as training may leave it."""
+    for name, p in model.named_parameters():
+        if name in trained(model):
+            nn.init.normal_(p, std=0.1)
+
+
+def classified(model):
+    batch = token_batches(1)[0]
+    with torch.no_grad():
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_peft_loads_a_trained_head_with_its_adapter(kind, bits, tmp_path):
+    """Onto a model with another random head, in full precision or on the base of bitsandbytes, for
+    the same logits, and to be trained on; so does load_adapter, bit for bit."""
+    model, other = classifier(kind), classifier(kind)
+    for p in head_of(other).values():
+        nn.init.normal_(p)
+    other.save_pretrained(tmp_path / "other")
+    apply_quailora(model, token_batches(1), rank=8, alpha=3, bits=bits)
+    changed(model)
+    quailora.save_adapter(model, tmp_path / "adapter")
+    base, expected = copy.deepcopy(other), classified(model)
+    if bits == 4:
+        nf4 = copy.deepcopy(NF4)
+        nf4.llm_int8_skip_modules = sorted({name.partition(".")[0] for name in head_of(other)})
+        base = nf4_base(tmp_path / "other", type(other), quantization_config=nf4)
+    assert not torch.allclose(classified(base), expected, atol=1e-2), "with its own head"
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+    assert torch.allclose(classified(theirs.eval()), expected, atol=1e-5)
+    sizes = [[p.numel() for p in m.parameters() if p.requires_grad] for m in (model, theirs)]
+    assert sorted(sizes[0]) == sorted(sizes[1]), "and trains the same"
+    quailora.load_adapter(other, tmp_path / "adapter")
+    assert torch.equal(classified(other), expected) and trained(other) == trained(model)
+
+
 # --------------------------------------------------------------------------------- 6  The family
 
 
@@ -2027,6 +2572,22 @@ def test_a_sequential_start_refuses_what_it_cannot_use():
             apply_sequentially(model, token_batches(padded=False), rank=4, **options)
 
 
+@pytest.mark.parametrize("which", ["input_ids", "decoder_input_ids"])
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_padding_does_not_count_beside_a_decoder_either(kind, which):
+    """In a sequential start, where with it both have as many tokens: the same W and H reach each
+    layer as without the padding of the encoder, or of the decoder."""
+    ids = torch.randint(1, 384, (2, 3, 20), generator=seeded(1))
+    batch = {"input_ids": ids[0], "decoder_input_ids": ids[1]}
+    mask = (torch.arange(20) < 13).expand(3, 20).long()
+    padded = {**batch, which.replace("input_ids", "attention_mask"): mask}
+    batch[which] = batch[which][:, :13]
+    expected, ours = (recorded(encoder_decoder(kind), [given]) for given in (batch, padded))
+    assert len(ours) == 32
+    for M, other in zip(itertools.chain(*expected), itertools.chain(*ours), strict=True):
+        assert torch.allclose(other, M, atol=1e-4 * float(M.abs().max()))
+
+
 # ------------------------------------------------------------------------------------ 7  QA-LoRA
 
 
@@ -2237,21 +2798,46 @@ def test_groups_whose_inputs_cancel_are_not_made_worse():
     assert calibrated_error(E, A, B, H) <= plain_error(E, H) * (1 + 1e-6)
 
 
+def float16_off(step):
+    """The most that float16, nearest, is off a step: half a unit in its last place, and nothing
+    where it is off by more than 1%, as the step stays what it is there."""
+    half_a_unit = 2.0 ** (torch.frexp(step).exponent - 12).clamp(min=-25)
+    return half_a_unit.where((step.half() - step).abs() <= 0.01 * step, 0)
+
+
 @given(weights(), st.sampled_from([2, 3, 4, 8]), st.data())
+@example(1e-8 * torch.randn(4, 64, generator=seeded()).cumsum(0), 4, None)
+@example(6e4 * torch.randn(4, 64, generator=seeded()).cumsum(0), 2, None)
 def test_groups_are_rounded_to_equal_steps_of_their_range(W, bits, data):
     """Each weight to the nearest of 2^bits steps from the least to the greatest of its group, in
-    that many bits."""
-    g = data.draw(divisors(W.shape[1]))
+    that many bits, but for the rounding of the steps to float16."""
+    g = data.draw(divisors(W.shape[1])) if data else W.shape[1]
     base, word = quantize_groups(W, bits, g), math.lcm(bits, 8)
     assert base.codes.numel() == math.ceil(W.numel() * bits / word) * word // 8
     groups, Q = W.double().view(-1, g), base.dequantize(torch.float64).view(-1, g)
     low, high = groups.aminmax(dim=1, keepdim=True)
     rounding = 1e-6 * groups.abs().amax(1, keepdim=True)
-    assert ((Q - low >= -rounding) & (Q - high <= rounding)).all()
-    grid = low[..., None] + (high - low)[..., None] * torch.arange(2**bits) / (2**bits - 1)
-    nearest = (grid - groups[..., None]).abs().amin(-1)
-    assert ((Q - groups).abs() <= nearest + 2 * rounding).all()
+    step, codes = (high - low) / (2**bits - 1), torch.arange(2**bits)
+    off = float16_off(step)
+    assert ((Q - low >= -rounding) & (Q - high <= rounding + off * codes[-1])).all()
+    grid = low[..., None] + step[..., None] * codes
+    nearest, code = (grid - groups[..., None]).abs().min(-1)
+    assert ((Q - groups).abs() <= nearest + off * code + 2 * rounding).all()
     assert base.dequantize().dtype == W.dtype
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e-7, 1e-5, 1, 1e5, 1e6])
+def test_scales_of_groups_are_those_of_float16_if_it_has_them(size):
+    """All but those that it would change by more than 1%, which stay in float32."""
+    W = size * torch.randn(64, 256, generator=seeded())
+    scale = quantize_groups(W, 4, 32).absmax
+    low, high = W.double().view(-1, 32).aminmax(dim=1)
+    step = (high - low) / 15
+    nearest = step.half().double()
+    off = (nearest / step - 1).abs()
+    assert torch.equal(scale[off < 0.005].double(), nearest[off < 0.005])
+    assert torch.allclose(scale[off > 0.01].double(), step[off > 0.01], rtol=1e-6, atol=0)
+    assert (off < 0.005).any() or (off > 0.01).any()
 
 
 @st.composite
@@ -2371,6 +2957,463 @@ def test_a_group_size_that_does_not_fit_is_refused(group_size, bits, message):
     assert model[0] is linear
 
 
+# A merged model as a GGUF
+
+GGUF_NAMES = {  # of a LLaMA, in llama.cpp
+    "model.layers": "blk",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+KINDS = ["F32", "F16", "Q8_0", "Q4_1"]
+
+
+def gguf_name(name):
+    for ours, theirs in GGUF_NAMES.items():
+        name = name.replace(ours, theirs)
+    return f"{name.removesuffix('.weight')}.weight"
+
+
+def converted(name, W):
+    """Rows of q and k with the halves of a head in turn, as llama.cpp's converter has them."""
+    heads = {"attn_q": 4, "attn_k": 2}.get(name.split(".")[-2])
+    if heads is None:
+        return W
+    return W.reshape(heads, 2, -1, W.shape[1]).swapaxes(1, 2).reshape(W.shape)
+
+
+def add_fields(writer, config):
+    """What transformers and llama.cpp need of a LLaMA, and a tokenizer of bytes."""
+    sizes = {"block_count": 2, "attention.head_count": 4, "attention.head_count_kv": 2}
+    sizes |= {"context_length": 2048, "rope.dimension_count": config.hidden_size // 4}
+    sizes |= {"embedding_length": config.hidden_size, "vocab_size": config.vocab_size}
+    sizes |= {"feed_forward_length": config.intermediate_size}
+    for key, value in sizes.items():
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
+    writer.add_float32("llama.rope.freq_base", 1e4)
+    known = ["<|endoftext|>", *bytes_to_unicode().values(), "Ġt"]
+    unused = [f"<unused{i}>" for i in range(config.vocab_size - len(known))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(known + unused)
+    writer.add_token_types([3] + [1] * (len(known) - 1) + [5] * len(unused))
+    writer.add_token_merges(["Ġ t"])
+    for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_unk_token_id):
+        add(0)
+
+
+def finished(writer):
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return writer.path
+
+
+def write_llama(model, file, kind="F16", fields=None, change=None):
+    """`model` as llama.cpp's converter writes it, its matrices in the type `kind`. `fields` adds
+    some to the writer, `change` is applied to the names and arrays of all tensors."""
+    writer, types = gguf.GGUFWriter(file, "llama"), gguf.GGMLQuantizationType
+    add_fields(writer, model.config)
+    if fields:
+        fields(writer)
+    weights = {gguf_name(name): p.float().numpy() for name, p in model.state_dict().items()}
+    weights = {name: converted(name, W) for name, W in weights.items()}
+    for name, W in (change(weights) if change else weights).items():
+        own = {"token_embd.weight": "F16", "output.weight": "Q8_0"}.get(name, kind)
+        here = types["F32" if W.ndim == 1 else own]
+        writer.add_tensor(name, gguf.quantize(W, here), raw_dtype=here)
+    return finished(writer)
+
+
+def merged_llama(generator, bits=4, group_size=32, size=1, dtype=torch.float32, width=64):
+    """A LLaMA with weights of deviation 0.02 size, and itself rounded, with an adapter merged."""
+    full = tiny("llama", width).to(dtype)
+    for linear in linear_layers(full).values():
+        linear.weight.data *= size
+    model = copy.deepcopy(full)
+    apply_quailora(model, None, 4, bits=bits, init="qlora", group_size=group_size)
+    for layer in lora_layers(model).values():
+        layer.lora_B.data += 2e-3 * size * normal(generator, *layer.lora_B.shape)
+    return full, quailora.merge(model)
+
+
+def read_gguf(file):
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+
+
+def dequantized(tensor):
+    return torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type)).double()
+
+
+def in_float64(layer):
+    """The weight of a merged layer and its m, (out, in), from its buffers."""
+    base = layer.base
+    absmax, zero = (x.double()[:, None] for x in (base.absmax, base.zero))
+    codes = base.unpacked().view(len(zero), -1)
+    merged, m = absmax * (codes - zero), (-absmax * zero).expand(codes.shape)
+    return merged.view(base.shape), m.reshape(base.shape)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("gguf")
+
+
+@settings(max_examples=30)
+@given(
+    st.sampled_from(list(itertools.product([2, 3, 4], [32, 64]))),
+    st.sampled_from(KINDS),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    st.floats(-2, 3),
+    generators(),
+)
+def test_gguf_has_the_merged_weights_with_m_in_float16(scratch, layout, kind, dtype, size, seed):
+    """As gguf dequantizes them, whatever the template has: only the rounding of m lies between."""
+    full, model = merged_llama(seed, *layout, 10**size, dtype)
+    template = write_llama(full, scratch / "template.gguf", kind)
+    quailora.save_gguf(model, template, scratch / "new.gguf")
+    written = read_gguf(scratch / "new.gguf")
+    assert len(lora_layers(model)) == 14
+    for name, layer in lora_layers(model).items():
+        scale, tensor = layer.base.absmax, written[gguf_name(name)]
+        assert torch.equal(scale, scale.half().to(scale)) and tensor.tensor_type.name == "Q4_1"
+        merged, m = (converted(tensor.name, M) for M in in_float64(layer))
+        float32 = 2**-22 * (m.abs() + merged.abs())  # the arithmetic of gguf, and of m
+        bound = 2**-11 * m.abs() + 2**-24 + float32
+        assert ((dequantized(tensor) - merged).abs() <= bound).all()
+
+
+def more_fields(writer):
+    """One of each type, an alignment, strings that are empty or not ASCII."""
+    writer.add_custom_alignment(1024)
+    for bits in (8, 16, 32, 64):
+        getattr(writer, f"add_uint{bits}")(f"u{bits}", 2**bits - 1)
+        getattr(writer, f"add_int{bits}")(f"i{bits}", -(2 ** (bits - 1)))
+    writer.add_float32("f32", 0.1)
+    writer.add_float64("f64", 0.1)
+    writer.add_bool("yes", True)
+    writer.add_key_value("empty", "", gguf.GGUFValueType.STRING)
+    writer.add_string("ü", "ħ€😀")
+    writer.add_key_value("u8s", [1, 255], gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT8)
+    for key, values in {"f": [0.1, -1.5], "b": [True, False], "s": ["", "ä"]}.items():
+        writer.add_array(f"{key}s", values)
+
+
+@pytest.mark.parametrize("fields", [None, more_fields])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gguf_keeps_all_of_its_template_but_the_layers(kind, fields, tmp_path):
+    """Header and fields byte for byte, the order of the tensors, types and bytes of the others,
+    and the alignment."""
+    full, model = merged_llama(seeded())
+    template = write_llama(full, tmp_path / "template.gguf", kind, fields)
+    before = template.read_bytes()
+    quailora.save_gguf(model, template, tmp_path / "new.gguf")
+    after = (tmp_path / "new.gguf").read_bytes()
+    assert template.read_bytes() == before
+    old, new = gguf.GGUFReader(template), gguf.GGUFReader(tmp_path / "new.gguf")
+    infos = old.tensors[0].field.offset
+    assert new.tensors[0].field.offset == infos and after[:infos] == before[:infos]
+    assert old.alignment == new.alignment == (1024 if fields else 32)
+    replaced = {gguf_name(name) for name in lora_layers(model)}
+    for a, b in zip(old.tensors, new.tensors, strict=True):
+        assert a.name == b.name and a.shape.tolist() == b.shape.tolist()
+        assert b.data_offset % old.alignment == 0
+        if a.name not in replaced:
+            assert a.tensor_type == b.tensor_type and a.data.tobytes() == b.data.tobytes()
+    assert len(after) == len(before) or kind != "Q4_1"
+
+
+def test_gguf_may_take_the_place_of_its_template(tmp_path):
+    """Written over it, it is what it is beside it, and so it is once more."""
+    full, model = merged_llama(seeded())
+    template = write_llama(full, tmp_path / "template.gguf")
+    quailora.save_gguf(model, template, tmp_path / "new.gguf")
+    expected = (tmp_path / "new.gguf").read_bytes()
+    for _ in range(2):
+        quailora.save_gguf(model, template, template)
+        assert template.read_bytes() == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gguf_has_the_rows_of_q_and_k_as_llama_cpp_does(kind, tmp_path):
+    """The halves of each head in turn, with k's own number of heads; all others as they are."""
+    full, model = merged_llama(seeded(), width=32)
+    template = write_llama(full, tmp_path / "template.gguf", kind)
+    quailora.save_gguf(model, template, tmp_path / "new.gguf")
+    written = read_gguf(tmp_path / "new.gguf")
+    for name, layer in lora_layers(model).items():
+        merged, theirs = in_float64(layer)[0], dequantized(written[gguf_name(name)])
+        rows, heads = torch.arange(len(merged)), {"q": 4, "k": 2}.get(name.split(".")[-1][0])
+        if heads and "attn" in name:
+            pairs = [torch.stack(head.chunk(2), 1) for head in rows.chunk(heads)]
+            rows = torch.cat(pairs).view(-1)
+        assert torch.equal(torch.cdist(theirs, merged).argmin(1), rows), name
+
+
+FUSED_NAMES = {
+    "query_key_value": "attn_qkv",
+    "dense": "attn_output",
+    "dense_h_to_4h": "ffn_up",
+    "dense_4h_to_h": "ffn_down",
+}
+
+
+@pytest.mark.parametrize("family, kind", [("neox", "gptneox"), ("bloom", "bloom")])
+def test_gguf_has_q_k_and_v_of_all_heads_in_turn(family, kind, tmp_path):
+    """Of a fused query_key_value, which here has them head by head; all others are as they are."""
+    model, writer = tiny(family), gguf.GGUFWriter(tmp_path / "template.gguf", kind)
+    writer.add_block_count(2)
+    writer.add_head_count(4)
+    orders, names = {}, {}
+    for name, linear in linear_layers(model).items():
+        block, end = (re.search(p, name)[1] for p in (r"\.(\d)\.", r"\.(\w+)$"))
+        names[name], rows = f"blk.{block}.{FUSED_NAMES[end]}.weight", linear.weight.detach()
+        orders[name] = torch.arange(len(rows))
+        if end == "query_key_value":
+            orders[name] = torch.cat([*orders[name].view(4, 3, 8).unbind(1)]).view(-1)
+        writer.add_tensor(names[name], rows[orders[name]].numpy())
+    template = finished(writer)
+    apply_quailora(model, None, 4, init="qlora", group_size=32)
+    quailora.save_gguf(quailora.merge(model), template, tmp_path / "new.gguf")
+    written = read_gguf(tmp_path / "new.gguf")
+    for name, layer in lora_layers(model).items():
+        merged, theirs = in_float64(layer)[0], dequantized(written[names[name]])
+        assert torch.equal(torch.cdist(theirs, merged).argmin(1), orders[name]), name
+    assert len(names) == 8
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    "layout, message",
+    [
+        (dict(bits=8, group_size=32), f"{Q_PROJ} has 8 bits in groups of 32; Q4_1 has up to 4"),
+        (dict(group_size=16), f"{Q_PROJ} has 4 bits in groups of 16; .* in groups of 32"),
+        (dict(block_size=64), "LlamaForCausalLM has no layers of QA-LoRA"),
+        (None, "LlamaForCausalLM has no layers of QA-LoRA"),
+        (dict(group_size=32), f"the adapter of {Q_PROJ} is not merged"),
+    ],
+)
+def test_gguf_is_refused_for_what_q4_1_cannot_hold(layout, message, tmp_path):
+    """In one line with the layer, and no file is left."""
+    model = tiny("llama")
+    template = write_llama(model, tmp_path / "template.gguf")
+    if layout:
+        apply_quailora(model, None, 4, init="qlora", **layout)
+        if layout != dict(group_size=32):
+            for layer in lora_layers(model).values():
+                layer.set_adapter(None, None, 16, False)
+    with pytest.raises(ValueError, match=f"^{message}[^\n]*$"):
+        quailora.save_gguf(model, template, tmp_path / "new.gguf")
+    assert list(tmp_path.iterdir()) == [template]
+
+
+def other_weights(weights):
+    generator = seeded(7)
+    return {
+        name: 0.02 * torch.randn(W.shape, generator=generator).numpy()
+        for name, W in weights.items()
+    }
+
+
+def without_k(weights):
+    return {name: W for name, W in weights.items() if name != "blk.1.attn_k.weight"}
+
+
+def with_a_narrow_k(weights):
+    return weights | {"blk.1.attn_k.weight": weights["blk.1.attn_k.weight"][:16]}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (other_weights, rf".* is of another model: {Q_PROJ} is 1.[0-9]+ \|\| W \|\| away"),
+        (without_k, r"model.layers.1.self_attn.k_proj is \(32, 64\), and missing in .*/template"),
+        (with_a_narrow_k, r"model.layers.1.self_attn.k_proj is \(32, 64\), and \(16, 64\) in .*"),
+    ],
+)
+def test_gguf_is_refused_for_the_template_of_another_model(change, message, tmp_path):
+    """In one line with the layer, and the file of before stays, with none beside it."""
+    full, model = merged_llama(seeded())
+    template = write_llama(full, tmp_path / "template.gguf", change=change)
+    (tmp_path / "new.gguf").write_bytes(b"before")
+    with pytest.raises(ValueError, match=f"^{message}[^\n]*$"):
+        quailora.save_gguf(model, template, tmp_path / "new.gguf")
+    assert (tmp_path / "new.gguf").read_bytes() == b"before"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@settings(max_examples=40)
+@given(st.floats(0, 0.99), st.sampled_from([b"", b"GGUF" + bytes(20), b"no GGUF at all " * 9]))
+def test_gguf_is_refused_for_what_is_no_template(scratch, share, junk):
+    """Cut off anywhere, empty, or another file: its name is in the line."""
+    full, model = merged_llama(seeded(), width=32)
+    whole = write_llama(full, scratch / "whole.gguf").read_bytes()
+    template = scratch / "damaged.gguf"
+    for content in (whole[: int(share * len(whole))], junk):
+        template.write_bytes(content)
+        with pytest.raises(ValueError, match=r"/damaged.gguf is no GGUF, or damaged: [^\n]*$"):
+            quailora.save_gguf(model, template, scratch / "none.gguf")
+    template.unlink()
+    with pytest.raises(OSError, match="damaged.gguf"):
+        quailora.save_gguf(model, template, scratch / "none.gguf")
+    assert not [path for path in scratch.iterdir() if "none.gguf" in path.name]
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, None])
+def test_gguf_on_a_full_disk_leaves_the_file_of_before(share, tmp_path, monkeypatch):
+    """Wherever the disk is full: in the fields, the tensors, or when all is written."""
+    full, model = merged_llama(seeded(), width=32)
+    template = write_llama(full, tmp_path / "template.gguf")
+    quailora.save_gguf(model, template, tmp_path / "new.gguf")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full_disk(_):
+        raise OSError(28, "No space left on device")
+
+    limit = unlimited = resource.RLIM_INFINITY
+    if share is None:
+        monkeypatch.setattr(quailora.os, "fsync", full_disk)
+    else:
+        limit = int(share * len(before["new.gguf"]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited))
+    try:
+        with pytest.raises(OSError, match=r"/new.gguf could not be written: \S"):
+            quailora.save_gguf(model, template, tmp_path / "new.gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("bits, group_size", itertools.product([2, 3, 4], [32, 64]))
+def test_transformers_reads_from_a_gguf_what_was_merged(bits, group_size, tmp_path):
+    """Its logits are those of the merged model to 1%, and farther from those before rounding."""
+    full, model = merged_llama(seeded(), bits, group_size, size=4)
+    template = write_llama(full, tmp_path / "template.gguf")
+    quailora.save_gguf(model, template, tmp_path / "new.gguf")
+    theirs = T.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="new.gguf").eval()
+    logits, merged, before = (outputs(m, token_batches()) for m in (theirs, model, full))
+    assert (logits - merged).norm() < 0.01 * merged.norm() < 0.1 * (before - merged).norm()
+
+
+def rounded_exactly(W, bits, group_size):
+    """Q in float64, with steps as they come from the least and greatest weight."""
+    groups = W.double().view(-1, group_size)
+    least, greatest = groups.aminmax(dim=1, keepdim=True)
+    step = (greatest - least) / (2**bits - 1)
+    return (least + step * ((groups - least) / step).round()).view(W.shape)
+
+
+def check_scales(W, bits, group_size):
+    base = quantize_groups(W, bits, group_size)
+    assert torch.equal(base.absmax, base.absmax.half().float())
+    exact = (W - rounded_exactly(W, bits, group_size)).norm()
+    assert (W - base.dequantize(torch.float64)).norm() <= 1.001 * exact
+
+
+@settings(max_examples=30)
+@given(
+    st.sampled_from([2, 3, 4, 8]), st.sampled_from([32, 64, 128]), st.floats(-2, 3), generators()
+)
+def test_scales_of_groups_in_float16_cost_nothing(bits, group_size, size, generator):
+    """No error of rounding is 0.1% above that with exact scales, in float64."""
+    check_scales(10**size * torch.randn(256, 1024, generator=generator), bits, group_size)
+
+
+def with_field(key, value, kind="UINT32", sub_kind=None):
+    """A field in place of what add_fields writes."""
+
+    def fields(writer):
+        types = [gguf.GGUFValueType[k] if k else None for k in (kind, sub_kind)]
+        writer.kv_data[0][key] = gguf.gguf_writer.GGUFValue(value, *types)
+
+    return fields
+
+
+def test_gguf_without_its_last_bytes_is_not_taken_for_whole(tmp_path):
+    """numpy's tofile says nothing of the last 4 kB that a full disk did not take."""
+    full, model = merged_llama(seeded(), width=32)
+    template = write_llama(full, tmp_path / "template.gguf")
+    quailora.save_gguf(model, template, tmp_path / "new.gguf")
+    before = (tmp_path / "new.gguf").read_bytes()
+    unlimited = resource.RLIM_INFINITY
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) - 100, unlimited))
+    try:
+        with contextlib.suppress(OSError):
+            quailora.save_gguf(model, template, tmp_path / "new.gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
+    assert (tmp_path / "new.gguf").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        with_field("general.architecture", "unheard-of", "STRING"),
+        with_field("general.architecture", 3),
+        with_field("llama.block_count", "two", "STRING"),
+        lambda writer: writer.kv_data[0].pop("llama.block_count"),
+        lambda writer: writer.kv_data[0].pop("general.architecture"),
+    ],
+)
+def test_gguf_is_refused_for_a_template_it_cannot_name(fields, tmp_path):
+    """An architecture that gguf does not know, or no number of blocks: a ValueError."""
+    full, model = merged_llama(seeded())
+    template = write_llama(full, tmp_path / "template.gguf", fields=fields)
+    with pytest.raises(ValueError, match="template.gguf"):
+        quailora.save_gguf(model, template, tmp_path / "new.gguf")
+    assert list(tmp_path.iterdir()) == [template]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        with_field("llama.attention.head_count_kv", [2, 2], "ARRAY", "UINT32"),
+        with_field("llama.attention.head_count_kv", 0),
+    ],
+)
+def test_gguf_may_have_heads_by_layer_or_none(fields, tmp_path):
+    """As those of OpenELM and LFM2, of state space models: no TypeError, no ZeroDivisionError."""
+    full, model = merged_llama(seeded())
+    template = write_llama(full, tmp_path / "template.gguf", fields=fields)
+    with contextlib.suppress(ValueError):
+        quailora.save_gguf(model, template, tmp_path / "new.gguf")
+
+
+def test_gguf_that_cannot_be_written_leaves_no_part(tmp_path, monkeypatch):
+    """Also where the error is not the disk's, as of gguf for an array that is empty."""
+    full, model = merged_llama(seeded())
+    template = write_llama(full, tmp_path / "template.gguf")
+
+    def refuse(_):
+        raise ValueError("Invalid GGUF metadata array. Empty array")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_kv_data_to_file", refuse)
+    with pytest.raises(ValueError, match="Empty array"):
+        quailora.save_gguf(model, template, tmp_path / "new.gguf")
+    assert list(tmp_path.iterdir()) == [template]
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e8])
+def test_gguf_is_refused_for_weights_that_float16_lacks(size, tmp_path):
+    """Scales that float16 cannot hold to 1%, and an m that is beyond it, are not written."""
+    full, model = merged_llama(seeded(), size=size)
+    template = write_llama(full, tmp_path / "template.gguf", "F32")
+    with pytest.raises(ValueError, match=f"{Q_PROJ} .*float16"):
+        quailora.save_gguf(model, template, tmp_path / "new.gguf")
+
+
 # ------------------------------------------------------------- 8  In place, in an adapter of peft's
 
 
@@ -2409,7 +3452,7 @@ def update_of(layer, adapter="default"):
     return layer.scaling[adapter] * lora_B.detach().double() @ lora_A.detach().double()
 
 
-def factors_of(model):
+def peft_factors(model):
     return {name: p.detach() for name, p in model.named_parameters() if ".lora_" in name}
 
 
@@ -2448,7 +3491,7 @@ def snapshot(model):
     return tensors, flags, trained(model)
 
 
-def changed(before, after):
+def names_changed(before, after):
     """Names of the tensors that are not the same bits in the same dtype; all else must be."""
     (tensors, *rest), (others, *other_rest) = before, after
     assert rest == other_rest and tensors.keys() == others.keys()
@@ -2487,11 +3530,11 @@ def test_a_start_in_place_nears_full_precision(family, rounding, full_folder):
     model, batches = adapted(full_folder(family), rounding), token_batches()
     full, plain = outputs(tiny(family, 64), batches), outputs(model, batches)
     model.train().get_base_model().base_model.get_input_embeddings().eval()  # some of each mode
-    frozen, *_ = factors_of(model)
+    frozen, *_ = peft_factors(model)
     model.get_parameter(frozen).requires_grad_(False)
     before = snapshot(model)
     rows = initialize_peft(model, batches)
-    assert changed(before, snapshot(model)) == factors_of(model).keys()
+    assert names_changed(before, snapshot(model)) == peft_factors(model).keys()
     assert [row["name"] for row in rows] == list(linear_layers(tiny(family, 64)))
     for row in rows:
         assert row.keys() == {"name", "shape", "calibrated", "initialized", "seconds"}
@@ -2506,7 +3549,7 @@ def test_a_base_that_is_not_rounded_has_nothing_to_start(family, full_folder):
     model, batches = adapted(full_folder(family), None), token_batches()
     before = snapshot(model)
     rows = initialize_peft(model, batches)
-    assert changed(before, snapshot(model)) <= factors_of(model).keys()
+    assert names_changed(before, snapshot(model)) <= peft_factors(model).keys()
     assert {row["initialized"] for row in rows} == {0}
     assert torch.allclose(outputs(model, batches), outputs(tiny(family, 64), batches), atol=1e-5)
 
@@ -2733,7 +3776,7 @@ def test_any_rank_and_scaling_of_peft_start_at_the_best(config, full_folder):
     assert [row["name"] for row in rows] == list(layers)
     assert not any(row["calibrated"] for row in rows)
     theirs = {f"base_model.model.{name}.lora_" for name in layers}
-    for name in changed(before, snapshot(model)):
+    for name in names_changed(before, snapshot(model)):
         assert name.startswith(tuple(theirs))
     for name, layer in layers.items():
         E = full.get_submodule(name).weight.detach() - rounded_weight(layer.base_layer)
@@ -2762,7 +3805,7 @@ def test_modes_and_dropout_do_not_reach_calibration(full_folder):
     for training in (False, True):
         model = adapted(full_folder("opt"), adapter={"lora_dropout": 0.5}).train(training)
         initialize_peft(model, token_batches())
-        started.append(factors_of(model))
+        started.append(peft_factors(model))
     first, second = started
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -2777,9 +3820,9 @@ def test_the_adapter_that_is_not_active_stays_as_it_is(full_folder):
     before = snapshot(model)
     for each in (model, alone):
         initialize_peft(each, token_batches())
-    names = {name for name in factors_of(model) if ".second." in name}
-    assert changed(before, snapshot(model)) == names
-    ours, theirs = factors_of(model), factors_of(alone)
+    names = {name for name in peft_factors(model) if ".second." in name}
+    assert names_changed(before, snapshot(model)) == names
+    ours, theirs = peft_factors(model), peft_factors(alone)
     for name in names:
         assert torch.equal(ours[name], theirs[name.replace("second", "default")])
 
@@ -2797,7 +3840,7 @@ def test_a_bfloat16_model_keeps_the_dtype_of_its_adapter(autocast, rounded, full
     config = peft.LoraConfig(r=64, lora_alpha=3, target_modules=["up_proj"])
     model = peft.get_peft_model(model, config, autocast_adapter_dtype=autocast)
     initialize_peft(model, batches)
-    dtypes = {p.dtype for p in factors_of(model).values()}
+    dtypes = {p.dtype for p in peft_factors(model).values()}
     assert dtypes == {torch.float32 if autocast else torch.bfloat16}
     for name, layer in adapted_layers(model).items():
         W = tiny("llama", 64).get_submodule(name).weight.detach().double()
@@ -2854,7 +3897,7 @@ def test_weights_are_found_in_any_checkpoint(save, family, full_folder, tmp_path
         if weights is not None:
             model.get_base_model().name_or_path = "nowhere"
         initialize_peft(model, None, weights, H=H)
-        starts.append(factors_of(model))
+        starts.append(peft_factors(model))
     first, *others = starts
     for name, other in itertools.product(first, others):
         assert torch.equal(other[name], first[name])
@@ -2879,7 +3922,7 @@ def test_the_weights_given_are_those_that_are_used(full_folder, tmp_path):
 def started_in_place(folder, *args, **options):
     model = adapted(folder)
     rows = initialize_peft(model, *args, **options)
-    return factors_of(model), rows
+    return peft_factors(model), rows
 
 
 @pytest.mark.parametrize("family", ["opt", "llama"])
@@ -2925,7 +3968,7 @@ def refused(model, message, kind=ValueError):
     before = snapshot(model)
     with pytest.raises(kind, match=message):
         yield
-    assert not changed(before, snapshot(model))
+    assert not names_changed(before, snapshot(model))
 
 
 OPTIONS_REFUSED = [
@@ -3618,6 +4661,171 @@ def test_quailora_closes_most_of_the_gap_on_smollm2(tmp_path):
     full, quantized = result["full_precision_perplexity"], result["quantized_perplexity"]
     start = result["perplexity"][0][1]
     assert full < start < quantized and (quantized - start) / (quantized - full) > 0.5
+
+
+@pytest.fixture(scope="module")
+def llama_gguf(tmp_path_factory):
+    """The GGUF of the model in llama_folder."""
+    return write_llama(tiny("llama"), tmp_path_factory.mktemp("tiny") / "llama.gguf", "F32")
+
+
+QA_RUN = [*TINY_RUN, "--method", "qa-lora"]
+
+
+def test_a_merged_model_is_left_as_a_gguf_too(llama_folder, llama_gguf, tmp_path, capsys):
+    """transformers reads from it the weights of merged/, but for m, and the last line names it."""
+    arguments = ["--model", str(llama_folder), *QA_RUN, "--out", str(tmp_path / "out")]
+    train.main([*arguments, "--gguf", str(llama_gguf)])
+    merged = tmp_path / "out/merged"
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"for llama.cpp: llama-cli -m {merged}/model.gguf"
+    model = T.AutoModelForCausalLM.from_pretrained(llama_folder)
+    quailora.load_base(model, merged)
+    theirs = T.AutoModelForCausalLM.from_pretrained(merged, gguf_file="model.gguf").eval()
+    logits, expected = (outputs(m, token_batches()) for m in (theirs, model))
+    assert (logits - expected).norm() < 0.01 * expected.norm()
+
+
+def test_without_gguf_none_is_left(llama_folder, tmp_path, capsys):
+    """Nor spoken of."""
+    train.main(["--model", str(llama_folder), *QA_RUN, "--out", str(tmp_path / "out")])
+    assert "llama.cpp" not in capsys.readouterr().out and not list(tmp_path.rglob("*.gguf"))
+
+
+def test_a_run_on_a_gguf_leaves_one_that_can_be_run_on(llama_gguf, tmp_path):
+    """It has the perplexity, in full precision and rounded anew, that the run before ended at."""
+    arguments = ["--model", str(llama_gguf), *QA_RUN, "--lr", "1e-2"]
+    train.main([*arguments, "--out", str(tmp_path / "first")])
+    file, first = tmp_path / "first/merged/model.gguf", result_of(tmp_path / "first")
+    second = ["--model", str(file), "--steps", "0", "--init", "qlora"]
+    train.main([*QA_RUN, *second, "--out", str(tmp_path / "second")])
+    second = result_of(tmp_path / "second")
+    merged = pytest.approx(first["merged_perplexity"], rel=1e-3)
+    assert second["full_precision_perplexity"] == merged == second["quantized_perplexity"]
+    assert first["merged_perplexity"] < 0.99 * first["quantized_perplexity"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--method", "lora"], "--gguf is for qa-lora of up to 4 bits in groups of 32"),
+        (["--bits", "8"], "--gguf is for qa-lora of up to 4 bits in groups of 32"),
+        (["--group-size", "16"], "--gguf is for qa-lora of up to 4 bits in groups of 32"),
+        (["--gguf", "{tmp}/none.gguf"], "--gguf {tmp}/none.gguf: no such file"),
+        (["--gguf", "{tmp}"], "--gguf {tmp}: no such file"),
+    ],
+)
+def test_a_gguf_that_cannot_be_left_is_refused_at_once(
+    arguments, message, opt_folder, llama_gguf, tmp_path, capsys, monkeypatch
+):
+    """One line and exit code 2, before the model is loaded, and nothing is left."""
+    monkeypatch.delattr(train, "load_model")
+    always = ["--model", str(opt_folder), *QA_RUN, "--gguf", str(llama_gguf)]
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    with pytest.raises(SystemExit, match="2"):
+        train.main([*always, *arguments, "--out", str(tmp_path / "out")])
+    error = capsys.readouterr().err.strip()
+    assert error == f"error: {message.format(tmp=tmp_path)}" and not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def smollm2_runs(tmp_path_factory):
+    """A folder with two runs: `first` of a step from SmolLM2's GGUF, `second` from what it left.
+    Of 3 bits, as 4 in groups of 32 are what the GGUF has: nothing would be left to repair."""
+    tmp = tmp_path_factory.mktemp("smollm2")
+    always = "--method qa-lora --bits 3 --sequence-length 64 --validation 4 --batch-size 2".split()
+    first = "--calibration 4 --steps 1 --eval-every 1".split()
+    second = "--calibration 1 --steps 0 --init qlora".split()
+    models = train.smollm2() / "model.gguf", tmp / "first/merged/model.gguf"
+    for model, options, out in zip(models, (first, second), ("first", "second"), strict=True):
+        process = run_train("--model", model, *always, *options, "--out", tmp / out)
+        assert process.returncode == 0, process.stderr
+    return tmp
+
+
+@pytest.mark.network
+def test_the_gguf_of_smollm2_is_like_its_template(smollm2_runs):
+    """Of the same size, to the byte, and fields; what is in no layer has the same bytes."""
+    files = train.smollm2() / "model.gguf", smollm2_runs / "first/merged/model.gguf"
+    old, new = (file.read_bytes() for file in files)
+    infos = gguf.GGUFReader(files[0]).tensors[0].field.offset
+    assert len(old) == len(new) and old[:infos] == new[:infos]
+    old, new = map(read_gguf, files)
+    assert list(old) == list(new)
+    changed = [name for name in old if old[name].data.tobytes() != new[name].data.tobytes()]
+    assert changed == [name for name in old if old[name].tensor_type.name == "Q4_1"]
+    assert len(changed) == 210
+
+
+@pytest.mark.network
+def test_the_gguf_of_smollm2_has_the_perplexity_it_ended_at(smollm2_runs):
+    """Read by transformers, within 1%, and so it has rounded anew in the same groups."""
+    first, second = (result_of(smollm2_runs / out) for out in ("first", "second"))
+    merged = pytest.approx(first["merged_perplexity"], rel=0.01)
+    assert first["perplexity"][-1][1] == pytest.approx(first["merged_perplexity"], rel=1e-3)
+    assert second["full_precision_perplexity"] == merged
+    assert second["quantized_perplexity"] == merged and second["perplexity"][0][1] == merged
+    assert first["full_precision_perplexity"] < 0.9 * first["merged_perplexity"]
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_scales_in_float16_cost_smollm2_nothing(bits):
+    """No error of rounding is 0.1% above that with exact scales, in float64."""
+    model, _ = train.load_model("smollm2-135m")
+    for linear in list(linear_layers(model).values())[:14]:
+        check_scales(linear.weight.detach(), bits, 64)
+
+
+def next_tokens(file, prompts):
+    """Of each prompt the 20 most likely next tokens in llama.cpp, and their log-probabilities."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    options = xllamacpp.CommonParams()
+    options.model.path, options.n_ctx = str(file), 256
+    options.warmup, options.n_parallel = False, 1
+    server, found = xllamacpp.Server(options), []
+    ask = {"n_predict": 1, "n_probs": 20, "temperature": 0, "cache_prompt": False}
+    for ids in prompts.tolist():
+        (choice,) = server.handle_completions(ask | {"prompt": [ids]})["choices"]
+        top = choice["logprobs"]["content"][0]["top_logprobs"]
+        found.append({token["id"]: token["logprob"] for token in top})
+    return found
+
+
+@pytest.mark.network
+def test_llama_cpp_predicts_what_the_merged_smollm2_does(smollm2_runs):
+    """The same next token after 29 of 32 prompts, and log-probabilities to 0.15 in the median:
+    llama.cpp rounds activations to 8 bits."""
+    model, tokenizer = train.load_model(str(train.smollm2() / "model.gguf"))
+    quailora.load_base(model, smollm2_runs / "first/merged")
+    prompts = train.token_blocks("python", tokenizer, 16, 32)[:32]
+    with torch.no_grad():
+        ours = model(prompts).logits[:, -1].log_softmax(-1)
+    theirs = next_tokens(smollm2_runs / "first/merged/model.gguf", prompts)
+    same = [max(top, key=top.get) == p.argmax() for top, p in zip(theirs, ours, strict=True)]
+    assert sum(same) >= 29
+    gaps = [abs(top[i] - p[i]) for top, p in zip(theirs, ours, strict=True) for i in top]
+    assert len(gaps) == 640 and statistics.median(map(float, gaps)) < 0.15
+
+
+def test_a_run_prints_a_line_a_validation_and_its_report_last(opt_folder, tmp_path):
+    """No dictionaries of Trainer's, and no warnings of other packages."""
+    environment = os.environ.items() - {("TRANSFORMERS_VERBOSITY", "error")}
+    ran = run_train("--model", opt_folder, "--out", tmp_path, *TINY_RUN, env=dict(environment))
+    assert ran.returncode == 0, ran.stderr
+    lines, result = ran.stdout.splitlines(), result_of(tmp_path)
+    found = [line.rpartition(": ") for line in lines if line.startswith("validation")]
+    steps = [0, 0, 0, 2, 3, 3]  # in full precision, in 4 bits, the start, trained, and merged
+    assert [title for title, *_ in found] == [f"validation perplexity at step {i}" for i in steps]
+    first = [result["full_precision_perplexity"], result["quantized_perplexity"]]
+    curve = [value for _, value in result["perplexity"]] + [result["merged_perplexity"]]
+    assert [float(value) for *_, value in found] == pytest.approx(first + curve, abs=6e-4)
+    said = (ran.stdout + ran.stderr).lower()
+    for other in ("eval_loss", "{'", "bitsandbytes", "kernels-community", "futurewarning"):
+        assert other not in said
+    table = lines.index(f"| {opt_folder}, python | validation perplexity |")
+    assert max(i for i, line in enumerate(lines) if line.startswith("validation")) < table
+    assert lines[-1] == f"results and adapter: {tmp_path}"
 
 
 # --------------------------------------------------------------------------------------------------
