@@ -1700,9 +1700,12 @@ def _on_disk(model, source, folder):
     if not source:
         raise ValueError("weights: where the base was loaded from is not known")
     kind = type(model)
-    config = kind.config_class.from_pretrained(source, revision=revision)
-    if hasattr(config, "quantization_config"):
+    config, _ = kind.config_class.get_config_dict(source, revision=revision)
+    if "quantization_config" in config:
         raise ValueError(f"weights: {source} is quantized; say where it is in full precision")
+    theirs, ours = config.get("model_type"), model.config.model_type
+    if theirs != ours:
+        raise ValueError(f"weights: {source} has a model of {theirs}, not of {ours}")
     loaded, info = kind.from_pretrained(
         source, revision=revision, dtype="auto", device_map={"": "disk"}, offload_folder=folder,
         output_loading_info=True,

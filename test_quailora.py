@@ -4109,16 +4109,17 @@ def test_a_folder_without_a_model_is_what_transformers_raises(full_folder, tmp_p
 def test_no_model_of_default_size_is_made_for_another_family(full_folder, monkeypatch):
     """A folder of another kind of model is refused before its configuration, of which nothing is
     known to this one, stands for a model of billions of random weights."""
-    make = T.GPT2LMHeadModel.__init__
+    load = T.LlamaForCausalLM.from_pretrained
 
-    def small(self, config, *args, **options):
-        assert config.n_embd == 64, f"a model of width {config.n_embd} was made"
-        make(self, config, *args, **options)
+    def small(folder, **options):
+        config = options.get("config") or T.LlamaConfig.from_pretrained(folder)
+        assert config.hidden_size == 64, f"a model of width {config.hidden_size} is loaded"
+        return load(folder, **options)
 
-    model = adapted(full_folder("gpt2"))
-    monkeypatch.setattr(T.GPT2LMHeadModel, "__init__", small)
-    with refused(model, "llama|is not there"):
-        initialize_peft(model, token_batches(), full_folder("llama"))
+    model = adapted(full_folder("llama"))
+    monkeypatch.setattr(T.LlamaForCausalLM, "from_pretrained", small)
+    with refused(model, "gpt2|is not there|its base is"):
+        initialize_peft(model, token_batches(), full_folder("gpt2"))
 
 
 @pytest.mark.parametrize("at", ["batch", "layer"])
