@@ -1703,9 +1703,10 @@ def _on_disk(model, source, folder):
     config, _ = kind.config_class.get_config_dict(source, revision=revision)
     if "quantization_config" in config:
         raise ValueError(f"weights: {source} is quantized; say where it is in full precision")
-    theirs, ours = config.get("model_type"), model.config.model_type
-    if theirs != ours:
-        raise ValueError(f"weights: {source} has a model of {theirs}, not of {ours}")
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    theirs, ours = [part.get("model_type") for part in parts], model.config.model_type
+    if ours not in theirs:
+        raise ValueError(f"weights: {source} has a model of {theirs[0]}, not of {ours}")
     loaded, info = kind.from_pretrained(
         source, revision=revision, dtype="auto", device_map={"": "disk"}, offload_folder=folder,
         output_loading_info=True,

@@ -3263,7 +3263,9 @@ def test_gguf_is_refused_for_what_is_no_template(scratch, share, junk):
     template = scratch / "damaged.gguf"
     for content in (whole[: int(share * len(whole))], junk):
         template.write_bytes(content)
-        with pytest.raises(ValueError, match=r"/damaged.gguf is no GGUF, or damaged: [^\n]*$"):
+        with pytest.raises(
+            ValueError, match=r"/damaged.gguf is no GGUF of a model, or damaged: [^\n]*$"
+        ):
             quailora.save_gguf(model, template, scratch / "none.gguf")
     template.unlink()
     with pytest.raises(OSError, match="damaged.gguf"):
@@ -4106,6 +4108,32 @@ def test_a_folder_without_a_model_is_what_transformers_raises(full_folder, tmp_p
         initialize_peft(model, token_batches(), tmp_path)
 
 
+def tiny_llama4():
+    """A model of text and images, in whose checkpoint transformers finds one of text alone."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    text = {"vocab_size": 384, "intermediate_size_mlp": 64, "num_local_experts": 2}
+    images = {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14, "vision_output_dim": 32}
+    images |= {"hidden_size": 32, "intermediate_size": 128, "num_attention_heads": 2}
+    images |= {"projector_input_dim": 32, "projector_output_dim": 32}
+    torch.manual_seed(0)
+    parts = {"text_config": {**sizes, **heads, **text}, "vision_config": images}
+    return T.Llama4ForConditionalGeneration(T.Llama4Config(**parts))
+
+
+def test_the_text_model_of_a_larger_checkpoint_finds_its_weights(tmp_path):
+    """Where AutoModelForCausalLM takes a part of the checkpoint, that part is W."""
+    full = tiny_llama4()
+    full.save_pretrained(tmp_path)
+    model = adapted(tmp_path, adapter={"r": 64, "target_modules": ["q_proj", "o_proj"]})
+    assert model.get_base_model().config.model_type != full.config.model_type
+    initialize_peft(model, None, init="svd")
+    for name, layer in adapted_layers(model).items():
+        W = full.language_model.get_submodule(name).weight.detach()
+        E = W - rounded_weight(layer.base_layer)
+        assert (update_of(layer) - E).norm() < 1e-3 * E.norm() > 0
+
+
 def test_no_model_of_default_size_is_made_for_another_family(full_folder, monkeypatch):
     """A folder of another kind of model is refused before its configuration, of which nothing is
     known to this one, stands for a model of billions of random weights."""
@@ -4122,18 +4150,27 @@ def test_no_model_of_default_size_is_made_for_another_family(full_folder, monkey
         initialize_peft(model, token_batches(), full_folder("gpt2"))
 
 
-@pytest.mark.parametrize("at", ["batch", "layer"])
-def test_an_exception_leaves_a_peft_model_as_it_was(at, full_folder):
-    """In a pass over the batches, or after some layers were solved: modes, hooks and bits."""
-    model = adapted(full_folder("opt")).train()
+@pytest.mark.parametrize("after", [0, 1, 12, 13])
+def test_an_exception_leaves_a_peft_model_as_it_was(after, full_folder):
+    """After so many of the 12 layers of a pass over the batches, in the first and in the second."""
+    model, left = adapted(full_folder("opt")).train(), iter(range(after))
 
-    def failing(items):
-        yield from items[:2]
-        raise KeyError("stopped")
+    def progress(names):
+        for name in names:
+            if next(left, None) is None:
+                raise KeyError("stopped")
+            yield name
 
-    batches = failing(token_batches()) if at == "batch" else token_batches()
     with refused(model, "stopped", KeyError):
-        initialize_peft(model, batches, progress=failing if at == "layer" else list)
+        initialize_peft(model, token_batches(), progress=progress)
+
+
+def test_a_batch_that_fails_leaves_a_peft_model_as_it_was(full_folder):
+    """In the middle of calibration: modes, hooks and bits are those of before."""
+    model, batches = adapted(full_folder("opt")).train(), token_batches()
+    batches[2] = {"input_ids": torch.tensor([[384]])}  # no such token
+    with refused(model, "index out of range", IndexError):
+        initialize_peft(model, batches)
 
 
 # After the start: training, saving, SmolLM2
