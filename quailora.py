@@ -1301,7 +1301,8 @@ class GroupedWeight(QuantizedWeight):
 def quantize_groups(W, bits=4, group_size=32, **other):
     """Round each `group_size` consecutive inputs of a row of W, (out, in), to 2^bits equal steps
     from their least to their greatest weight (arXiv 2309.14717). The zero point is not rounded, the
-    scale to float16, as GGUF has it, where that changes it by less than 1%. Raises ValueError for other than 2, 3, 4, 8 bits, or if group_size does not divide `in`."""
+    scale to float16, as GGUF has it, where that changes it by less than 1%. Raises ValueError for
+    other than 2, 3, 4, 8 bits, or if group_size does not divide `in`."""
     _check(W)
     if other:
         raise ValueError(f"group_size does not go with {', '.join(sorted(other))}")
@@ -1487,7 +1488,7 @@ def _rows_as_in(tensor, W, heads):
     makes which is nearest to `tensor`, of the GGUF, and how far it is, over || W ||."""
     from gguf import dequantize
 
-    theirs = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
+    theirs = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
     orders = [rows := torch.arange(len(W))]
     for h in heads:
         if len(W) % (2 * h) == 0:  # q, k of LLaMA: the halves of a head in turn
