@@ -1557,7 +1557,9 @@ def initialize_peft(
     with _originals(model, layers, weights) as found, _restored_on_errors(layers):
         for adapters_on in passes:
             data = batches, H, memory, progress, partial(_calibrating, adapters_on=adapters_on)
-            started = {name: new for name, new, _ in _in_passes(body, modules, start, *data)}
+            started = {}  # so that those of the pass before go
+            for name, new, _ in _in_passes(body, modules, start, *data):
+                started[name] = new
             for name, (lora_A, lora_B, _) in started.items():
                 layers[name].lora_A.copy_(lora_A)
                 layers[name].lora_B.copy_(lora_B)

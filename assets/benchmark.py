@@ -206,8 +206,9 @@ def start_costs(model, H: dict):
 
 
 def start_memory(model, H: dict):
+    layers = [layer.weight for layer in quailora.linear_layers(model).values()]
     bound = sum({id(M): M.nbytes for M in H.values()}.values())  # layers share some
-    bound += 3 * max(layer.weight.nbytes for layer in quailora.linear_layers(model).values())
+    bound += 3 * max(W.nbytes for W in layers)
     for name in "initialize_peft", "apply_quailora":
         title = f"{name}, 2 x 256 tokens at a time: peak MB beyond its model"
         peak = in_new_process(whole_start, name)
