@@ -1477,7 +1477,7 @@ def _q4_1_tensors(layers, reader, names, heads, template):
             shape = "missing" if tensor is None else (*map(int, tensor.shape[::-1]),)
             raise ValueError(f"{name} is {(*base.shape,)}, and {shape} in {template}")
         rows, far = _rows_as_in(tensor, layer.merged_weight().float().cpu(), heads)
-        if far > 1:
+        if not far < 1:
             raise ValueError(f"{template} is of another model: {name} is {far:.2f} || W || away")
         new[tensor.name] = _q4_1(base, rows, name).numpy()
     return new
@@ -1497,7 +1497,7 @@ def _rows_as_in(tensor, W, heads):
             orders.append(rows.view(h, 3, -1).transpose(0, 1).reshape(-1))
     distances = [(theirs - W[order]).norm() for order in orders]
     least = min(distances)
-    return orders[distances.index(least)], (least / W.norm()).item()
+    return orders[distances.index(least)], (least / W.norm().clamp(min=1e-30)).item()
 
 
 def _q4_1(base, rows, name):
@@ -1703,7 +1703,7 @@ def _on_disk(model, source, folder):
         raise ValueError(f"weights: {source} is quantized; say where it is in full precision")
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     theirs, ours = [part.get("model_type") for part in parts], model.config.model_type
-    if ours not in theirs:
+    if config and ours not in theirs:
         raise ValueError(f"weights: {source} has a model of {theirs[0]}, not of {ours}")
     loaded, info = kind.from_pretrained(
         source, revision=revision, dtype="auto", device_map={"": "disk"}, offload_folder=folder,

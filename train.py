@@ -136,7 +136,8 @@ def smollm2() -> Path:
             gguf = next(Path(tmp).rglob("*.gguf"))
             for part in load_model(str(gguf)):
                 part.save_pretrained(f"{tmp}/model")
-            gguf.rename(f"{tmp}/model/model.gguf")
+            Path(tmp, "model/gguf").mkdir()  # beside a tokenizer, transformers would take of both
+            gguf.rename(f"{tmp}/model/gguf/model.gguf")
             with suppress(OSError):  # another process was faster
                 Path(tmp, "model").rename(folder)
     return folder
@@ -182,7 +183,7 @@ def gguf_template(args: argparse.Namespace) -> Path | None:
     if args.method != "qa-lora" or args.bits > 4 or args.group_size % 32:
         require(not args.gguf, "--gguf is for qa-lora of up to 4 bits in groups of 32")
         return None
-    model = smollm2() / "model.gguf" if args.model == "smollm2-135m" else Path(args.model)
+    model = smollm2() / "gguf/model.gguf" if args.model == "smollm2-135m" else Path(args.model)
     return Path(args.gguf or model) if args.gguf or model.suffix == ".gguf" else None
 
 

@@ -35,7 +35,7 @@ def written(args) -> Path:
         quailora.merge(model)
         quailora.apply_quailora(model, None, rank=1, bits=4, init="qlora", group_size=32)
         file.parent.mkdir(exist_ok=True)
-        quailora.save_gguf(quailora.merge(model), train.smollm2() / "model.gguf", file)
+        quailora.save_gguf(quailora.merge(model), train.smollm2() / "gguf/model.gguf", file)
     return file
 
 
@@ -65,7 +65,7 @@ def in_llama_cpp(file: Path, sequences) -> float:
 
 
 def main() -> None:
-    own = train.smollm2() / "model.gguf"
+    own = train.smollm2() / "gguf/model.gguf"
     print("| | bits | fine-tuned | merged, in transformers | in llama.cpp | bytes |")
     print("|---|---|---|---|---|---|")
     for folder in [None, *sys.argv[1:]]:
