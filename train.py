@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 import urllib.request
-import warnings
 import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -147,7 +146,6 @@ def load_model(name: str):
     """Model in full precision (float32; bfloat16 on CUDA) and tokenizer."""
     global datasets, quailora, torch, transformers  # not before: --help waits for none
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it lacks a kernel that nobody needs
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     import datasets
     import torch
     import transformers
