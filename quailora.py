@@ -340,6 +340,8 @@ def split_product(A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]
     orthogonal rows, of the norm of a normal draw of deviation 1 / sqrt(r), and lora_B the rest.
     Not as in (4): README.md says what it is worth."""
     V, R = qr(B.double())  # B = V R
+    if not B.any():  # nothing to repair: not the first r inputs, but random directions
+        V = qr(torch.randn_like(V)).Q
     size = math.sqrt(len(B) / B.shape[1])
     lora_B = A.double() @ R.T / (size * scaling)
     return (V.T * size).to(A.dtype).contiguous(), lora_B.to(A.dtype)
@@ -1647,6 +1649,8 @@ def _restarted(name, layer, original, H, dtype, solve, floor):
     from accelerate.utils import align_module_device
 
     began, device, base = time.perf_counter(), layer.lora_A.device, layer.module.base_layer
+    if type(base) is nn.Linear or type(base).__name__ == "Conv1D":
+        dtype = base.weight.dtype  # T5 keeps some in float32
     with _calibrating(base, adapters_on=False):
         Q = _effective_weight(base, layer.shape, layer.lora_A.new_empty(0, dtype=dtype))
     with align_module_device(original, device):  # reads it, if it is on disk
@@ -1689,8 +1693,8 @@ def _originals(model, layers, weights):
 
 
 def _on_disk(model, source, folder):
-    """The model of a folder or Hub id, its weights on disk (in `folder`, if the source has no
-    safetensors), and the names of those that are not there."""
+    """The model of a folder or Hub id, its weights on disk (in `folder` those that are not in
+    safetensors, or that transformers converts: all experts), and the names of missing ones."""
     revision = None
     if source is None:
         source = getattr(model, "name_or_path", "")

@@ -775,6 +775,14 @@ def test_split_product_makes_the_in_side_orthonormal():
     assert torch.allclose(lora_A @ lora_A.T, 50 / 6 * torch.eye(6).double())
 
 
+def test_where_nothing_was_rounded_lora_A_reads_all_inputs():
+    """Not the first r, which is what a QR of zeros gives: such an adapter trains badly."""
+    A, B = als_init(torch.zeros(64, 64), torch.eye(64), 8)
+    lora_A, lora_B = split_product(A, B, 2.0)
+    assert not lora_B.any() and lora_A.count_nonzero() == lora_A.numel()
+    assert torch.allclose(lora_A @ lora_A.T, torch.eye(8) * 8, atol=1e-4)
+
+
 def test_qlora_starts_at_zero_with_a_random_orthogonal_lora_A():
     """Its lora_B is zero, its lora_A drawn anew each time, of the form and size of the others."""
     linear, H = make_linear(n=64, out=32, dtype=torch.float32)
@@ -3947,6 +3955,16 @@ def test_passes_in_place_end_bit_for_bit_alike(family, full_folder):
     assert rows == others and all(torch.equal(factors[name], expected[name]) for name in expected)
 
 
+def test_a_linear_layer_of_another_dtype_is_started_too(full_folder):
+    """transformers keeps wo of T5 in float32 in a model of float16; here it is down_proj."""
+    model = adapted(full_folder("llama"), rounding=None).to(torch.bfloat16)
+    layer = adapted_layers(model)["model.layers.0.mlp.down_proj"]
+    layer.base_layer.float()
+    rows = initialize_peft(model, None, init="svd")
+    assert len(rows) == len(adapted_layers(model))
+    assert torch.isfinite(layer.lora_A["default"].weight).all()
+
+
 @pytest.mark.parametrize("init, steps", [("qlora", 20), ("svd", 20), ("quailora", 3), ("exact", 0)])
 def test_init_and_steps_are_those_of_apply(init, steps, full_folder):
     """Each method that leaves Q alone gives the product that it gives in apply_quailora."""
@@ -4743,6 +4761,16 @@ def test_a_run_on_a_gguf_leaves_one_that_can_be_run_on(llama_gguf, tmp_path):
     merged = pytest.approx(first["merged_perplexity"], rel=1e-3)
     assert second["full_precision_perplexity"] == merged == second["quantized_perplexity"]
     assert first["merged_perplexity"] < 0.99 * first["quantized_perplexity"]
+
+
+def test_overwrite_never_deletes_the_model_it_was_given(llama_folder, tmp_path, capsys):
+    """--model in a folder of --out that --overwrite empties: one line, and the model stays."""
+    model = tmp_path / "merged"
+    shutil.copytree(llama_folder, model)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--model", str(model), *TINY_RUN, "--out", str(tmp_path), "--overwrite"])
+    assert stopped.value.code == 2 and "would delete" in capsys.readouterr().err
+    assert (model / "config.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,10 @@ def check_options(args: argparse.Namespace) -> None:
     require(not template or template.is_file(), f"--gguf {template}: no such file")
     if MAIN and not (args.resume or args.overwrite):
         require(not held(args.out), f"--out {args.out} holds a run: give --resume or --overwrite")
+    given = [Path(path).resolve() for path in (args.model, args.gguf) if path]
+    for path in held(args.out) if args.overwrite else ():
+        inside = any(file.is_relative_to(path.resolve()) for file in given)
+        require(not inside, f"--overwrite would delete {path}, which --model or --gguf is in")
 
 
 @contextmanager
