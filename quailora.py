@@ -521,8 +521,8 @@ def apply_quailora(
     def start_layer(name, H):
         return start(layers[name], H)
 
-    body, data = getattr(model, "base_model", model), (batches, H, memory, progress, _evaluating)
-    for name, layer, last in _in_passes(body, layers, start_layer, *data):
+    data = batches, H, memory, progress, _evaluating
+    for name, layer, last in _in_passes(_body(model), layers, start_layer, *data):
         done[name] = layer
         if last:  # full precision can go
             for ready in done.keys() & layers.keys():
@@ -569,11 +569,16 @@ def _freeze_base(model):
 def _trained(model):
     """The factors, and what a transformers model has outside its body if that is no language
     model's: the head of a classifier, which is new."""
-    body = getattr(model, "base_model", model)
+    body = _body(model)
     if body is not model and model.get_output_embeddings() is not None:
         body = model
     frozen, named = {id(p) for p in body.parameters()}, model.named_parameters()
     return {name: p for name, p in named if name.endswith(FACTORS) or id(p) not in frozen}
+
+
+def _body(model):
+    """A transformers model without its head; another as it is."""
+    return getattr(model, "base_model", model)
 
 
 def linear_layers(model: nn.Module, skip=()) -> dict[str, nn.Module]:
@@ -583,7 +588,7 @@ def linear_layers(model: nn.Module, skip=()) -> dict[str, nn.Module]:
     skip = {skip} if isinstance(skip, str) else set(skip)
     if unknown := skip - dict(model.named_modules()).keys():
         raise ValueError(f"nothing to skip by the name {min(unknown)!r}")
-    body = set(getattr(model, "base_model", model).modules()) - {model}
+    body = set(_body(model).modules()) - {model}
     if hasattr(model, "get_output_embeddings"):
         body.discard(model.get_output_embeddings())
     tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -624,7 +629,7 @@ def prepared(
 
 def _warn_of_others(model, layers):
     """If more than 5% of the body's weights are in none of these layers: in experts, say."""
-    body = getattr(model, "base_model", model)
+    body = _body(model)
     known = [*layers, *(m for m in body.modules() if isinstance(m, nn.Embedding))]
     known = {id(p) for layer in known for p in layer.parameters()}
     named = [(name, p) for name, p in body.named_parameters() if p.ndim > 1]
@@ -645,8 +650,7 @@ def input_correlations(model: nn.Module, batches: Iterable, skip=(), memory=math
     or a tensor. Positions where a 2-D `attention_mask` is 0 do not count. The model runs in eval
     mode and without its head. Raises ValueError if a layer reads nothing, NaN or inf, or one H is
     beyond `memory`; RuntimeError if two layers read the same tensor in some calls only."""
-    layers, body = linear_layers(model, skip), getattr(model, "base_model", model)
-    return _correlations(body, layers, batches, memory, _evaluating)
+    return _correlations(_body(model), linear_layers(model, skip), batches, memory, _evaluating)
 
 
 @torch.no_grad()
@@ -1248,9 +1252,8 @@ def apply_sequentially(
         for name, layer in layers.items():
             layer.forward = partial(forward, name)
             stack.callback(delattr, layer, "forward")
-        body = getattr(model, "base_model", model)
-        decodes = _decoding(body, stack)
-        body(*args, **kwargs)
+        decodes = _decoding(_body(model), stack)
+        _body(model)(*args, **kwargs)
     next(bar, None)
     for name, layer in layers.items():
         if name not in done:
@@ -1546,8 +1549,9 @@ def initialize_peft(
     if H is not None and (missing := layers.keys() - H.keys()):
         raise ValueError(f"H has nothing for {min(missing)}")
     modules = {name: layer.module for name, layer in layers.items()}
-    body = getattr(model, "base_model", model)  # without the head, if that has no adapter
-    body = body if {*modules.values()} <= {*body.modules()} else model
+    body = _body(model)
+    if not {*modules.values()} <= {*body.modules()}:  # the head has an adapter
+        body = model
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     solve, passes = partial(INITS[init].solve, steps=steps), [False]
     if H is None and INITS[init].needs_data:
@@ -1634,9 +1638,10 @@ def _effective_weight(base, shape, like):
     if bias is not None:
         bias.data = torch.zeros_like(kept)  # a large one would take the digits of Q
     try:
+        rest = base(like.new_zeros(1, n))  # of a bias by another name
         for inputs in torch.arange(n, device=like.device).split(512):
             x = nn.functional.one_hot(inputs, n).to(like.dtype)
-            Q[:, inputs] = (base(x) - base(0 * x[:1])).T.to(Q.dtype)
+            Q[:, inputs] = (base(x) - rest).T.to(Q.dtype)
     finally:
         if bias is not None:
             bias.data = kept

@@ -107,14 +107,14 @@ def check_options(args: argparse.Namespace) -> None:
     for option, least in LEAST.items():
         value = getattr(args, option)
         require(value >= least, f"--{option.replace('_', '-')} {value}: expected at least {least}")
-    template = gguf_template(args)
-    require(not template or template.is_file(), f"--gguf {template}: no such file")
     if MAIN and not (args.resume or args.overwrite):
         require(not held(args.out), f"--out {args.out} holds a run: give --resume or --overwrite")
     given = [Path(path).resolve() for path in (args.model, args.gguf) if path]
     for path in held(args.out) if args.overwrite else ():
         inside = any(file.is_relative_to(path.resolve()) for file in given)
         require(not inside, f"--overwrite would delete {path}, which --model or --gguf is in")
+    template = gguf_template(args)  # last, as it may download
+    require(not template or template.is_file(), f"--gguf {template}: no such file")
 
 
 @contextmanager
@@ -250,7 +250,9 @@ def held(out: Path) -> list[Path]:  # by earlier runs; runs/ is of assets/compar
 
 
 def write_json(file: Path, content: dict) -> None:
-    quailora._write(file, json.dumps(content, indent=1).encode())  # a run that is killed leaves it
+    from quailora import _write  # whole or not at all: a run that is killed leaves it
+
+    _write(file, json.dumps(content, indent=1).encode())
 
 
 def result_so_far(args: argparse.Namespace) -> dict:

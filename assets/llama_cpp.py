@@ -2,7 +2,7 @@
 """Fine-tuned runs of train.py as files for llama.cpp: perplexity there and in transformers, size.
 
     python train.py --method qa-lora --bits 4 --out runs/int4       and other runs on SmolLM2-135M
-    python assets/llama_cpp.py runs/int4 runs/int3 runs/qlora       8 minutes each on 2 cores
+    python assets/llama_cpp.py runs/int4 runs/int3 runs/qlora       2 minutes each on 2 cores
 
 A run of QA-LoRA has left merged/model.gguf. A LoRA adapter is merged in full precision, and the sum
 rounded to Q4_1, as a user does today. Needs xllamacpp, which holds llama.cpp.
@@ -16,14 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import train  # noqa: E402
-
-model, tokenizer = train.load_model("smollm2-135m")
-
-import torch  # noqa: E402
 import xllamacpp  # noqa: E402
+from in_place import full, perplexity, tokenizer  # noqa: E402
 
 import quailora  # noqa: E402
+import train  # noqa: E402
 
 
 def written(args) -> Path:
@@ -37,13 +34,6 @@ def written(args) -> Path:
         file.parent.mkdir(exist_ok=True)
         quailora.save_gguf(quailora.merge(model), train.smollm2() / "gguf/model.gguf", file)
     return file
-
-
-@torch.no_grad()
-def in_transformers(file: Path, sequences) -> float:
-    model, _ = train.load_model(str(file))
-    losses = [model(input_ids=ids, labels=ids).loss.item() for ids in sequences.split(4)]
-    return math.exp(sum(losses) / len(losses))
 
 
 def in_llama_cpp(file: Path, sequences) -> float:
@@ -75,8 +65,9 @@ def main() -> None:
             args = argparse.Namespace(**result["settings"], out=Path(folder))
             file, name = written(args), f"{args.method}, {args.init}"
             tuned = f"{result['perplexity'][-1][1]:.3f}"
-        *_, validation = train.sequences(args, tokenizer, model)
-        found = f"{in_transformers(file, validation):.3f} | {in_llama_cpp(file, validation):.3f}"
+        *_, validation = train.sequences(args, tokenizer, full)
+        model, _ = train.load_model(str(file))
+        found = f"{perplexity(model, validation):.3f} | {in_llama_cpp(file, validation):.3f}"
         print(f"| {name} | {args.bits} | {tuned} | {found} | {file.stat().st_size:,} |", flush=True)
 
 
