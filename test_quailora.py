@@ -5064,7 +5064,6 @@ def test_runs_older_than_an_option_are_gone_on_with(llama_folder, tmp_path, ran,
     for option, message in {
         "--alpha 5": "holds runs with alpha 16.0, not 5.0",
         "--als-steps 5": "holds runs with als_steps 20, not 5",
-        "--equal-norm": "holds runs with equal_norm False, not True",
     }.items():
         with pytest.raises(SystemExit, match="2"):
             compare.main([*arguments, "--resume", *option.split()])
@@ -5097,17 +5096,44 @@ def test_the_runs_in_assets_are_gone_on_with(file, tmp_path, ran, monkeypatch):
     assert len(runs_in(tmp_path)) == len(held["runs"]) > 0 and not ran
 
 
-def test_an_equal_norm_start_is_the_same_function(llama_folder, tmp_path, ran, monkeypatch):
-    """Step 0 is that of the default, and training departs from there."""
-    monkeypatch.setattr(quailora, "split_product", quailora.split_product)  # put back at the end
-    arguments = ["--model", str(llama_folder), *TINY_RUN, "--methods", "quailora", "--out"]
-    compare.main([*arguments, str(tmp_path / "a")])
-    compare.main([*arguments, str(tmp_path / "b"), "--equal-norm"])
-    (a, *_), (b, *_) = runs_in(tmp_path / "a"), runs_in(tmp_path / "b")
-    (_, start), *_, (_, end) = a["perplexity"]
-    (_, other_start), *_, (_, other_end) = b["perplexity"]
-    assert start == pytest.approx(other_start, rel=1e-5)
-    assert end != pytest.approx(other_end, rel=1e-5)
+def test_another_split_is_the_same_function(llama_folder, tmp_path, ran):
+    """Step 0 is that of the default, and training departs from there; LoRA+ starts as it does."""
+    methods = ["quailora", *(f"quailora-{variant}" for variant in compare.VARIANTS)]
+    arguments = ["--model", str(llama_folder), *TINY_RUN, "--out", str(tmp_path), "--methods"]
+    compare.main([*arguments, *methods])
+    curves = [run["perplexity"] for run in runs_in(tmp_path)[: len(methods)]]
+    starts, ends = ([curve[i][1] for curve in curves] for i in (0, -1))
+    assert starts == pytest.approx([starts[0]] * len(methods), rel=1e-5)
+    assert len({f"{end:.5g}" for end in ends}) == len(methods)
+
+
+@pytest.mark.parametrize("variant", ["equal", "white"])
+def test_how_another_split_shares_the_product(variant):
+    """Equal: lora_A lora_A^T = lora_B^T lora_B. White: lora_A H lora_A^T = I tr H / r."""
+    model, batches = tiny("llama"), [torch.randint(5, 90, (4, 32), generator=seeded())]
+    H = input_correlations(model, batches)
+    with compare.varied(variant):
+        quailora.apply_quailora(model, None, rank=4, alpha=4, H=H)
+    for name, layer in lora_layers(model).items():
+        A, B = layer.lora_A.detach(), layer.lora_B.detach()
+        left, right = A @ A.T, B.T @ B
+        if variant == "white":
+            left, right = A @ H[name] @ A.T, torch.eye(4) * H[name].trace() / 4
+        assert (left - right).norm() < 1e-3 * right.norm()
+
+
+def test_a_sweep_starts_each_method_once(llama_folder, tmp_path, ran):
+    """Other rates go on from the start of the first, and end as if they had begun with it."""
+    methods = ["--methods", "joint", "--out"]
+    arguments = ["--model", str(llama_folder), *TINY_RUN, *methods]
+    compare.main([*arguments, str(tmp_path / "a"), "--sweep", "1e-3", "1e-2"])
+    compare.main([*arguments, str(tmp_path / "b"), "--lr", "1e-2"])
+    (first, *_), (alone, *_) = runs_in(tmp_path / "a"), runs_in(tmp_path / "b")
+    (second,) = (run for run in runs_of(runs_in(tmp_path / "a"), {"lr": 1e-2, "init": "joint"}))
+    assert second["perplexity"] == alone["perplexity"]
+    assert second["merged_perplexity"] == alone["merged_perplexity"]
+    assert second["layers"] == first["layers"] and "train" in second["seconds"]
+    assert second["seconds"]["initialize"] == first["seconds"]["initialize"]
 
 
 def test_qa_lora_stands_in_the_comparison(llama_folder, tmp_path, inline, capsys):

@@ -80,7 +80,7 @@ def options() -> argparse.ArgumentParser:
             form = {"action": "store_true"}
         text += f"; default: {default}" if default else ""
         parser.add_argument(f"--{name.replace('_', '-')}", help=text, **form)
-    parser.set_defaults(selection=0, floor=False)  # what assets/compare.py asks for
+    parser.set_defaults(selection=0, floor=False, variant=None)  # what assets/compare.py asks for
     return parser
 
 

@@ -9,6 +9,7 @@ be gone on with by --resume, and the figures.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -18,6 +19,7 @@ import re
 import shutil
 import statistics
 import sys
+import unittest.mock
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -38,7 +40,14 @@ INITS = {  # --init: how it is called, and how it is drawn, in the colors of Oka
     16: ("LoRA, full precision", "#CC79A7", "X", (0, (1, 1))),
 }
 ZERO = ("qlora", "peft")  # without an adapter at step 0
-VARIED = ("bits", "calibration_data", "init", "lr", "method", "rank", "seed", "steps")
+VARIANTS = {  # INIT-VARIANT: of the start's split into lora_A and lora_B, or of training
+    "equal": "equal norms",  # as in (4) of the paper
+    "white": "white lora_A",  # the adapter's inputs, lora_A x, are uncorrelated and of one variance
+    "plus": "LoRA+",  # arXiv 2402.12354
+}
+NAMES = [*train.METHODS, *(f"qa-{init}" for init in train.METHODS)]
+NAMES += [f"{init}-{variant}" for init in train.METHODS for variant in VARIANTS]
+VARIED = ("bits", "calibration_data", "init", "lr", "method", "rank", "seed", "steps", "variant")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -47,15 +56,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     # fmt: off
     add("--methods", nargs="+", default=["qlora", "peft", "svd", "loftq", "quailora"],
-        choices=[*train.METHODS, *map("qa-{}".format, train.METHODS)], metavar="INIT", help="INIT, "
-        "or qa-INIT for it with --method qa-lora, the baseline first; default: %(default)s")
+        choices=NAMES, metavar="INIT", help="the baseline first; INIT, qa-INIT for it with "
+        "--method qa-lora, or INIT-VARIANT: equal (factors of equal norm), white (lora_A x of one "
+        "variance) or plus (LoRA+: lora_A at 1/16 of the rate); default: %(default)s")
     add("--seeds", type=int, default=1, help="seeds 0, 1, ... of each; default: 1")
     add("--sweep", type=float, nargs="+", default=[], metavar="LR", help="also each at the best of "
         "these rates, chosen on sequences that are neither trained nor validated on")
     add("--ranks", type=int, nargs="+", default=[], metavar="RANK", help="also --methods at these "
         "ranks at step 0, and fine-tuned at the first, middle and last of them")
     add("--calibrations", nargs="+", default=[], metavar="DATA", help="also QuAILoRA with these")
-    add("--equal-norm", action="store_true", help="start with both factors of equal norm")
     # fmt: on
     args = train.parse_args(argv, parser, "compare")
     args.selection = args.validation
@@ -75,14 +84,16 @@ def methods_of(args: argparse.Namespace) -> dict[str, dict]:
     """Title of a row: --method, --init and --bits. The last two are the references."""
     methods = {}
     for name in args.methods:
-        init, method = name.removeprefix("qa-"), "lora"
-        title = INITS[init][0]
+        init, _, variant = name.removeprefix("qa-").partition("-")
+        title, method = INITS[init][0], "lora"
         if name.startswith("qa-") or args.method == "qa-lora":
             title = "QA-LoRA, " + ("zero start" if init == "qlora" else title)
             method = "qa-lora"
-        methods[f"{title}, {args.bits} bits"] = dict(method=method, init=init, bits=args.bits)
+        method = dict(method=method, init=init, bits=args.bits, variant=variant or None)
+        title += f", {VARIANTS[variant]}" if variant else ""
+        methods[f"{title}, {args.bits} bits"] = method
     for bits in (8, 16):
-        methods[INITS[bits][0]] = dict(method="lora", init="qlora", bits=bits)
+        methods[INITS[bits][0]] = dict(method="lora", init="qlora", bits=bits, variant=None)
     return methods
 
 
@@ -104,25 +115,59 @@ def calibrate(job: argparse.Namespace, file: Path) -> None:
         partial.replace(file)
 
 
-def run(job: argparse.Namespace, file: Path | None, equal_norm: bool) -> None:
+def run(job: argparse.Namespace, file: Path | None) -> None:
     """One run of train.py, on what calibrate() left in `file`."""
     import torch
 
     import quailora
 
-    def halves(A, B, scaling):  # A and B come with equal norms, as in (4)
-        return B.T.contiguous() / scaling**0.5, A / scaling**0.5
-
-    if equal_norm:
-        quailora.split_product = halves
     shared, device = {}, "cuda" if torch.cuda.is_available() else "cpu"
     if file:
         with naming(f"{file} could not be read (delete it to calibrate again)"):
             shared = torch.load(file, device)
-    result = train.run(job, shared.get("H"), shared.get("perplexity"))
+    with varied(job.variant):
+        result = train.run(job, shared.get("H"), shared.get("perplexity"))
     if shared and job.init not in ZERO and quailora.INITS[job.init].needs_data:
         result["seconds"]["calibrate"] = shared["seconds"]["calibrate"]
         train.write_json(job.out / "results.json", {"runs": [result]})
+
+
+def varied(variant: str | None):
+    """A context in which train.py runs one of VARIANTS."""
+    import torch
+    import transformers
+
+    import quailora
+
+    apply = quailora.apply_quailora
+
+    def split_anew(model, *args, H=None, **options):  # M lora_A, lora_B M^-1: the same product
+        rows = apply(model, *args, H=H, **options)
+        for name, layer in quailora.lora_layers(model).items() if H else ():
+            A, B = layer.lora_A.data.double(), layer.lora_B.data.double()
+            if variant == "equal":  # lora_A lora_A^T = lora_B^T lora_B, as A A^T = c I
+                M = power(B.T @ B, 0.25) / A.norm(dim=1).mean().sqrt()
+            else:  # lora_A H lora_A^T = I tr H / r: on average a random lora_A has that
+                M = power(A @ H[name].double() @ A.T, -0.5) * (H[name].trace() / len(A)).sqrt()
+            layer.lora_A.data = (M @ A).float()
+            layer.lora_B.data = torch.linalg.solve(M, B, left=False).float()
+        return rows
+
+    def power(S, exponent):  # of a semidefinite S, (r, r)
+        L, V = torch.linalg.eigh(S)
+        return V * L.clamp(min=1e-8 * L[-1]) ** exponent @ V.T
+
+    def slow_lora_A(trainer, model=None):
+        lr, named = trainer.args.learning_rate, trainer.model.named_parameters()
+        trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+        rates = [lr / 16 if name.endswith("lora_A") else lr for name, _ in trained]
+        groups = [{"params": [p], "lr": rate} for (_, p), rate in zip(trained, rates, strict=True)]
+        trainer.optimizer = torch.optim.AdamW(groups, weight_decay=0)
+        return trainer.optimizer
+
+    changes = {"plus": (transformers.Trainer, "create_optimizer", slow_lora_A)}
+    change = changes.get(variant, (quailora, "apply_quailora", split_anew))
+    return unittest.mock.patch.object(*change) if variant else contextlib.nullcontext()
 
 
 def in_process(title: str, action, job: argparse.Namespace, **arguments) -> None:
@@ -137,6 +182,24 @@ def in_process(title: str, action, job: argparse.Namespace, **arguments) -> None
         sys.exit(process.exitcode)
 
 
+def load(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())["runs"][0]
+
+
+def keep_start(out: Path, start: Path) -> None:
+    """What a run left at step 0, for runs that differ in the rate alone to go on from."""
+    result = load(out)
+    for key in result.keys() & {"selection_perplexity", "merged_perplexity"}:
+        del result[key]
+    for key in result["seconds"].keys() - {"evaluate", "calibrate", "initialize"}:
+        del result["seconds"][key]
+    result["perplexity"] = result["perplexity"][:1]
+    for name in ("start", "base"):
+        if (out / name).exists():
+            shutil.copytree(out / name, start / name, dirs_exist_ok=True)
+    train.write_json(start / "results.json", {"runs": [result]})  # last: then it is complete
+
+
 class Runs:
     """Those in --out. What is asked for and not there yet is run."""
 
@@ -145,7 +208,7 @@ class Runs:
         self.defaults = train.settings(train.parse_args([]))  # of runs older than an option
         options = {key: getattr(args, key) for key in vars(train.parse_args([]))}
         self.options = options | {"resume": True, "overwrite": False}
-        now = train.settings(argparse.Namespace(**options)) | {"equal_norm": args.equal_norm}
+        now = train.settings(argparse.Namespace(**options))
         self.common = {key: value for key, value in now.items() if key not in VARIED}
         if args.overwrite:
             for path in train.held(args.out):
@@ -154,7 +217,7 @@ class Runs:
             with naming(f"{self.file} could not be read"):
                 content = json.loads(self.file.read_text())
                 found, self.done = content["common"], content["runs"]
-            found = {"equal_norm": False} | self.defaults | found
+            found = self.defaults | found
             for key, value in self.common.items():
                 other = f"--out {args.out} holds runs with {key} {found[key]}, not {value}"
                 require(found[key] == value, other)
@@ -176,12 +239,21 @@ class Runs:
         job.floor = job.init == "quailora"  # for layers.png
         file = self.calibration(job)
         job.out = self.args.out / "runs" / re.sub(r"[^\w.-]", "_", name)
-        in_process(title, run, job, file=file, equal_norm=self.args.equal_norm)
-        self.done += json.loads((job.out / "results.json").read_text())["runs"]
+        start = job.out.with_name(job.out.name.replace(f"lr-{job.lr}", "start"))  # of any rate
+        if (start / "results.json").exists() and not job.out.exists():
+            shutil.copytree(start, job.out)
+            result = load(start) | {"settings": train.settings(job)}
+            train.write_json(job.out / "results.json", {"runs": [result]})
+        in_process(title, run, job, file=file)
+        result = load(job.out)
+        self.done.append(result)
         self.save()
-        for folder in (job.out / "start", *job.out.glob("checkpoint-*")):
+        if self.args.sweep and not (start / "results.json").exists():
+            keep_start(job.out, start)
+        shutil.rmtree(job.out / "start")
+        for folder in job.out.glob("checkpoint-*"):
             shutil.rmtree(folder)
-        return self.done[-1]
+        return result
 
     def calibration(self, job: argparse.Namespace) -> Path | None:
         """The file that calibrate() writes, where all H fit at once."""
