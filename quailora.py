@@ -681,7 +681,7 @@ def _correlations(model, layers, batches, memory, context):
             stack.enter_context(layer.register_forward_pre_hook(partial(read, name)))
         decodes = _decoding(model, stack)
         for batch in batches:
-            args, kwargs, masks = _arguments(batch, next(model.parameters()).device)
+            args, kwargs, masks = _arguments(batch, model)
             model(*args, **kwargs)
     for name, found in readers.items():
         if not found:
@@ -695,7 +695,7 @@ def _correlations(model, layers, batches, memory, context):
 def _decoding(model, stack):
     """layer, x -> whether x, which it reads, has the positions of a decoder, and not those of the
     encoder beside it; as long as `stack` is open."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if not _has_encoder(model):
         return lambda layer, x: False
     encoder, encoded = model.get_encoder(), [None]
 
@@ -707,14 +707,23 @@ def _decoding(model, stack):
     return lambda layer, x: layer not in inside and x is not encoded[0]
 
 
-def _arguments(batch, device):
+def _has_encoder(model):
+    return getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+
+
+def _arguments(batch, model):
     """What a model is called with, and which positions count, (batch * positions,), or None for
     all, of its inputs and of a decoder that reads an encoder."""
+    if not isinstance(batch, Mapping | tuple | list | Tensor):
+        raise ValueError(f"expected a list of batches, found {type(batch).__name__} in it")
+    device = next(model.parameters()).device
     batch = dict(batch) if isinstance(batch, Mapping) else batch
     batch = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
     if not isinstance(batch, dict):
         return batch if isinstance(batch, tuple | list) else [batch], {}, [None, None]
-    batch.pop("labels", None)
+    labels = batch.pop("labels", None) is not None and _has_encoder(model)
+    if labels and not batch.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
+        raise ValueError("labels are dropped in calibration: give decoder_input_ids too")
     masks = [batch.get(key) for key in ("attention_mask", "decoder_attention_mask")]
     masks = [None if m is None or m.ndim != 2 or m.all() else m.bool().view(-1) for m in masks]
     return (), batch, masks
@@ -823,14 +832,16 @@ def lora_layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-RECORD = "groups bits block_size double_quant check init own_base model".split()
+RECORD = "groups float16_scales bits block_size double_quant check init own_base model".split()
 
 
 def _record(base):
-    """What an adapter fits on, from its first layer: how it was rounded, and as a check the mean
-    magnitude of Q."""
+    """What an adapter fits on, from its first layer: how it was rounded, with scales that float16
+    holds in QA-LoRA, but not in its first version, and as a check the mean magnitude of Q."""
+    groups = base.format == "int"
     return {
-        "groups": base.format == "int",
+        "groups": groups,
+        "float16_scales": groups and bool((base.absmax.half() == base.absmax).all()),
         "bits": base.bits,
         "block_size": base.block_size or 0,
         "double_quant": base.double_quant,
@@ -909,6 +920,7 @@ def _read_adapter(folder):
         file = folder / "adapter_model.safetensors"
         with safe_open(file, "pt") as content:
             record = json.loads((content.metadata() or {})["quailora"])
+            record = {"float16_scales": False} | record  # it came later
             record = {key: record[key] for key in RECORD}
             factors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
     except (json.JSONDecodeError, KeyError, SafetensorError) as error:
@@ -1232,7 +1244,7 @@ def apply_sequentially(
     layers, start = prepared(model, rank, alpha, bits, init, steps, skip, None, **options)
     if not INITS[init].needs_data:
         raise ValueError(f"a sequential start needs a method that uses data, not {init!r}")
-    args, kwargs, masks = _arguments(_twice(batches), next(model.parameters()).device)
+    args, kwargs, masks = _arguments(_twice(batches), model)
     rows = len(next(x for x in [*args, *kwargs.values()] if isinstance(x, Tensor)))
     done, bar = {}, iter(progress(list(layers)))
 

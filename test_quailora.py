@@ -1914,6 +1914,25 @@ CALIBRATE = [
 ]
 
 
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("call", CALIBRATE, ids="H apply sequential peft".split())
+def test_labels_alone_are_refused_where_a_decoder_reads_them(call, kind):
+    """They are dropped, and the decoder would read the encoder's tokens, or nothing."""
+    batch = seq2seq_batch(14)
+    batch["labels"] = batch["decoder_input_ids"]
+    call(encoder_decoder(kind), [batch])
+    del batch["decoder_input_ids"]
+    with pytest.raises(ValueError, match="give decoder_input_ids too"):
+        call(encoder_decoder(kind), [batch])
+
+
+@pytest.mark.parametrize("call", CALIBRATE[:2], ids=["H", "apply"])
+def test_a_batch_in_place_of_a_list_is_refused(call):
+    """Its keys would be taken for batches."""
+    with pytest.raises(ValueError, match="expected a list of batches, found str in it"):
+        call(tiny("llama"), {"input_ids": torch.ones(2, 8, dtype=torch.long)})
+
+
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("family", ["llama", "opt", "bart"])
 @pytest.mark.parametrize("call", CALIBRATE, ids="H apply sequential peft".split())
@@ -2093,6 +2112,19 @@ def test_a_qa_lora_adapter_comes_back_with_a_base_of_its_own(quantized, tmp_path
     quailora.load_adapter(other, tmp_path / "adapter", tmp_path / "base")
     assert torch.equal(outputs(other, batches), outputs(model, batches))
     assert trained(other) == trained(model)
+
+
+def test_a_qa_lora_adapter_of_the_first_version_is_refused(tmp_path, monkeypatch):
+    """Its scales were not rounded to float16, so that its base is another by 1% of the logits."""
+    model = tiny("opt")
+    apply_quailora(model, None, rank=8, init="qlora", group_size=8)
+    first = quailora._record(next(iter(lora_layers(model).values())).base)
+    del first["float16_scales"]
+    monkeypatch.setattr(quailora, "_record", lambda base: first)
+    quailora.save_adapter(model, tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="float16_scales False, and here True"):
+        quailora.load_adapter(tiny("opt"), tmp_path)
 
 
 def test_a_base_whose_names_begin_with_weight_comes_back(tmp_path):
@@ -4746,10 +4778,14 @@ def test_a_merged_model_is_left_as_a_gguf_too(llama_folder, llama_gguf, tmp_path
     assert (logits - expected).norm() < 0.01 * expected.norm()
 
 
-def test_without_gguf_none_is_left(llama_folder, tmp_path, capsys):
-    """Nor spoken of."""
-    train.main(["--model", str(llama_folder), *QA_RUN, "--out", str(tmp_path / "out")])
+def test_without_gguf_none_is_left(llama_folder, llama_gguf, tmp_path, capsys):
+    """Nor spoken of; asked for it afterwards, a finished run says what to do."""
+    arguments = ["--model", str(llama_folder), *QA_RUN, "--out", str(tmp_path / "out")]
+    train.main(arguments)
     assert "llama.cpp" not in capsys.readouterr().out and not list(tmp_path.rglob("*.gguf"))
+    with pytest.raises(SystemExit, match="2"):
+        train.main([*arguments, "--resume", "--gguf", str(llama_gguf)])
+    assert "is finished: write it by quailora.save_gguf" in capsys.readouterr().err
 
 
 def test_a_run_on_a_gguf_leaves_one_that_can_be_run_on(llama_gguf, tmp_path):

@@ -430,6 +430,9 @@ def run(args: argparse.Namespace, H=None, full_precision=None) -> dict:
     check_options(args)
     result = result_so_far(args)
     if "total" in result["seconds"]:  # finished
+        unwritten = args.gguf and not (args.out / "merged/model.gguf").exists()
+        what = "is finished: write it by quailora.save_gguf, or give --overwrite"
+        require(not unwritten, f"--gguf {args.gguf}: the run in {args.out} {what}")
         return result
     job = Job(args, result)
     if "perplexity" in result:  # resumed
