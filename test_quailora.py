@@ -27,6 +27,7 @@ from pathlib import Path
 
 import bitsandbytes
 import gguf
+import numpy as np
 import peft
 import pytest
 import torch
@@ -66,6 +67,7 @@ from quailora import (
 
 sys.path.insert(0, str(Path(__file__).parent / "assets"))
 import compare  # noqa: E402
+import tasks  # noqa: E402
 
 settings.register_profile("default", deadline=None, max_examples=50)
 settings.load_profile("default")
@@ -5219,3 +5221,71 @@ def test_the_gap_closed_is_that_of_the_paper():
     # no gap where the reference is no better
     assert ours == "| ours | 17.000 ± 0.000 | 75% | 60% | 8.500 ± 0.707 | 75% |  | 3 + 2 | 5 |"
     assert " | 100% | 80% | 8.000" in eight and " | 125% | 100% | 10.000" in full
+
+
+QUESTIONS = [
+    {"context": "Question: which?", "choices": ["this one", "that"], "answer": 1},
+    {"context": "Where?", "choices": ["here", "there, or there", "no", "yes"], "answer": 0},
+]
+
+
+@pytest.mark.parametrize("tokens", [1, 60, 10**4])
+def test_choices_are_scored_as_one_by_one(llama_folder, tokens):
+    """In batches of any size, a choice's log-likelihood is that of its tokens after the context."""
+    model, tokenizer = train.load_model(str(llama_folder))
+    found = tasks.log_likelihoods(model, tokenizer, QUESTIONS, tokens)
+    for question, scores in zip(QUESTIONS, found, strict=True):
+        for choice, score in zip(question["choices"], scores, strict=True):
+            before = tokenizer(question["context"], add_special_tokens=False).input_ids
+            ids = tokenizer(f"{question['context']} {choice}", add_special_tokens=False).input_ids
+            steps = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            each = [steps[i - 1, ids[i]].item() for i in range(len(before), len(ids))]
+            assert score == pytest.approx(sum(each), rel=1e-4)
+
+
+def test_what_is_measured_of_choices():
+    """Right, right by character, the share of the right one, and another answer than before."""
+    full, ours = [[-1.0, -2.0], [-3.0, -1.0, -8.0, -8.0]], [[-1.0, -1.5], [-1.0, -2.0, -8.0, -9.0]]
+    (first, second) = tasks.measured(ours, full, QUESTIONS)
+    assert first.tolist() == pytest.approx([0, 0, -math.log1p(math.exp(0.5)), 0])
+    shares = torch.tensor(ours[1]).softmax(0)
+    assert second.tolist() == pytest.approx([1, 0, math.log(shares[0]), 1], rel=1e-5)
+
+
+def test_the_gap_closed_is_in_pairs():
+    """Errors are of the same questions drawn for all: none where two runs answer alike."""
+    full, base = np.ones((50, 4)), np.ones((50, 4))
+    full[:, 3], base[:20], base[:20, 3] = 0, 0, 1
+    half = base.copy()
+    half[:10] = full[:10]
+    found = {"full": full, "base": base, "same": base, "half": half, "whole": full}
+    _, *rows = table_rows("\n".join(tasks.table(found)))
+    assert [row[0] for row in rows] == list(found)
+    assert rows[0][2::2] == rows[1][2::2] == [""] * 4
+    assert rows[2][2::2] == ["0% ± 0%"] * 4 and rows[4][2::2] == ["100% ± 0%"] * 4
+    assert re.fullmatch(r"50% ± 1\d%", rows[3][2])
+    found["base"] = full.copy()
+    found["base"][0] = 0
+    assert "±" not in "".join(tasks.table(found)[4].split("|")[3::2]), "the gap is not certain"
+
+
+def test_tasks_go_on_and_score_nothing_twice(llama_folder, tmp_path, capsys, monkeypatch):
+    """A model, its start and its end, and a base of its own, each at what it was scored before."""
+    file, out = tmp_path / "mine.jsonl", tmp_path / "scores.json"
+    file.write_text("".join(f"{json.dumps(question)}\n" for question in QUESTIONS))
+    run = tmp_path / "run"
+    arguments = ["--model", str(llama_folder)]
+    train.main([*arguments, *TINY_RUN, "--init", "loftq", "--out", str(run)])
+    arguments += [str(file), "--out", str(out)]
+    tasks.main([*arguments, f"start={run}/start"])
+    first = json.loads(out.read_text())
+    monkeypatch.setattr(tasks, "log_likelihoods", lambda *_: [[0.0, 1.0], [0.0] * 4])
+    tasks.main([*arguments, f"start={run}/start", f"end={run}/adapter"])
+    second, shown = json.loads(out.read_text()), table_rows(capsys.readouterr().out)
+    assert second == first | {"end": {"mine.jsonl": [[0.0, 1.0], [0.0] * 4]}}
+    assert first["start"] != first["full precision"]
+    assert [row[0] for row in shown[-3:]] == ["full precision", "start", "end"]
+    file.write_text('{"context": "Who?", "choices": ["I"], "answer": 1}')
+    with pytest.raises(SystemExit, match="2"):
+        tasks.main(arguments)
+    assert "mine.jsonl: list index out of range" in capsys.readouterr().err

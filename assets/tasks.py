@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: MIT
+"""Accuracy on questions with choices, of a model and of runs of train.py on it.
+
+    python assets/tasks.py piqa.jsonl arc_easy.jsonl --out tasks.json \\
+      QLoRA=runs/qlora/start QuAILoRA=runs/mine/start tuned=runs/mine/adapter
+
+A line of a file is {"context": ..., "choices": [...], "answer": index}. A run is the folder of an
+adapter, with base/ beside it if it has a base of its own. The model in full precision goes first,
+and the first run is what others are compared with. Scored as lm-eval does, by a choice's
+log-likelihood after the context. --out keeps these: what it holds is not computed again.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import train  # noqa: E402
+
+MEASURES = ("accuracy", "normalized", "log-probability", "flips")
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    # fmt: off
+    add = parser.add_argument
+    add("given", nargs="+", metavar="FILE or NAME=FOLDER", help="questions, and adapters")
+    add("--model", default="smollm2-135m", help="as for train.py; default: %(default)s")
+    add("--out", type=Path, default=Path("tasks.json"), help="default: %(default)s")
+    add("--limit", type=int, help="the first so many questions of each file; default: all")
+    # fmt: on
+    args = parser.parse_intermixed_args(argv)
+    args.runs = dict(given.split("=", 1) for given in args.given if "=" in given)
+    args.files = [Path(given) for given in args.given if "=" not in given]
+    return args
+
+
+def read_questions(file: Path, limit: int | None) -> list[dict]:
+    with train.naming(f"{file}"):
+        lines = file.read_text("utf-8").splitlines()[:limit]
+        questions = [json.loads(line) for line in lines]
+        for question in questions:
+            question["choices"][question["answer"]], question["context"]
+    return questions
+
+
+def encoded(tokenizer, context: str, choice: str) -> tuple[list[int], int]:
+    """Tokens of both, and how many of them are the choice's."""
+    both = tokenizer(f"{context} {choice}", add_special_tokens=False).input_ids
+    return both, len(both) - len(tokenizer(context, add_special_tokens=False).input_ids)
+
+
+def log_likelihoods(model, tokenizer, questions: list[dict], tokens=512) -> list[list[float]]:
+    """Of each choice of each question, in batches of about so many tokens."""
+    import torch
+
+    model.eval()
+    body, head = model.base_model, model.get_output_embeddings()
+    device = next(model.parameters()).device
+    pairs = [(i, c) for i, q in enumerate(questions) for c in range(len(q["choices"]))]
+    texts = {(i, c): (questions[i]["context"], questions[i]["choices"][c]) for i, c in pairs}
+    rows = {pair: encoded(tokenizer, *text) for pair, text in texts.items()}
+    found = [[0.0] * len(q["choices"]) for q in questions]
+    left = sorted(pairs, key=lambda pair: len(rows[pair][0]))
+    with torch.no_grad(), tqdm(total=len(pairs)) as bar:
+        while left:
+            longest = len(rows[left[-1]][0])
+            batch = [left.pop() for _ in range(min(len(left), max(1, tokens // longest)))]
+            ids = [torch.tensor(rows[pair][0]) for pair in batch]
+            padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
+            hidden = body(input_ids=padded, use_cache=False).last_hidden_state
+            for pair, x, own in zip(batch, hidden, ids, strict=True):
+                choice = own[-rows[pair][1] :].to(device)  # read at the position before each
+                logits = head(x[len(own) - len(choice) - 1 : len(own) - 1]).float()
+                likelihood = logits.log_softmax(-1).gather(1, choice[:, None]).sum()
+                found[pair[0]][pair[1]] = likelihood.item()
+            bar.update(len(batch))
+    return found
+
+
+def measured(scores: list, full: list, questions: list[dict]) -> np.ndarray:
+    """(questions, MEASURES): whether the likeliest choice is right, the same by the likelihood per
+    character, the log-probability of the right one among the choices, and whether the likeliest
+    differs from that of full precision."""
+    rows = []
+    for ours, theirs, question in zip(scores, full, questions, strict=True):
+        answer, ours = question["answer"], np.array(ours)
+        lengths = [len(choice) for choice in question["choices"]]
+        right = [ours.argmax() == answer, (ours / lengths).argmax() == answer]
+        log_probability = ours[answer] - np.logaddexp.reduce(ours)
+        rows.append([*right, log_probability, ours.argmax() != np.argmax(theirs)])
+    return np.array(rows, dtype=float)
+
+
+def table(found: dict[str, np.ndarray]) -> list[str]:
+    """Means, and how much of the gap from the first run to full precision is closed, where that gap
+    is over two standard errors; errors by drawing the same questions with replacement for all."""
+    full, base, *_ = found
+    n, random = len(found[full]), np.random.default_rng(0)
+    draws = random.integers(n, size=(1000, n))
+    titles = [f"{measure} | gap closed" for measure in MEASURES]
+    lines = [f"| {n} questions | {' | '.join(titles)} |", "|---" * (2 * len(MEASURES) + 1) + "|"]
+    means = {name: rows.mean(0) for name, rows in found.items()}
+    drawn = {name: np.array([rows[draw].mean(0) for draw in draws]) for name, rows in found.items()}
+
+    gap = means[full] - means[base]
+    certain = abs(gap) > 2 * (drawn[full] - drawn[base]).std(0)
+    for name in found:
+        cells = []
+        for i, measure in enumerate(MEASURES):
+            form = ".3f" if measure == "log-probability" else ".1%"
+            cells.append(f"{means[name][i]:{form}} ± {drawn[name][:, i].std():{form}}")
+            if certain[i] and name not in (full, base):
+                closed = (drawn[name] - drawn[base])[:, i] / (drawn[full] - drawn[base])[:, i]
+                share = (means[name] - means[base])[i] / gap[i]
+                cells.append(f"{share + 0.0:.0%} ± {closed.std():.0%}")  # no -0%
+            else:
+                cells.append("")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def score(args: argparse.Namespace) -> None:
+    import quailora
+
+    tasks = {file.name: read_questions(file, args.limit) for file in args.files}
+    scores = json.loads(args.out.read_text()) if args.out.exists() else {}
+    for name, folder in {"full precision": None, **args.runs}.items():
+        missing = [t for t in tasks if len(scores.get(name, {}).get(t, ())) != len(tasks[t])]
+        if not missing:
+            continue
+        model, tokenizer = train.load_model(args.model)
+        if folder:
+            base = Path(folder).parent / "base"
+            quailora.load_adapter(model, folder, base if base.exists() else None)
+        for task in missing:
+            print(f"\n{name}, {task}", flush=True)
+            found = log_likelihoods(model, tokenizer, tasks[task])
+            scores.setdefault(name, {})[task] = found
+            train.write_json(args.out, scores)
+    for task, questions in tasks.items():
+        names = ["full precision", *args.runs]
+        full = scores["full precision"][task]
+        found = {name: measured(scores[name][task], full, questions) for name in names}
+        print(f"\n### {task}\n", *table(found), sep="\n")
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    args.debug = False
+    train.attempt(score, args)
+
+
+if __name__ == "__main__":
+    main()
