@@ -52,14 +52,23 @@ from torch.utils.weak import WeakIdKeyDictionary
 # --------------------------------------------------------------------- 1  The paper: E, H -> A, B
 
 
-def _exactly(call):
-    """Without gradients, and without autocast, which would multiply matrices in 16 bits."""
-    for device in ("cpu", "cuda"):
-        call = torch.autocast(device, enabled=False)(call)
-    return torch.no_grad()(call)
+@contextlib.contextmanager
+def _exactly():
+    """Without gradients, and without autocast and TF32, which would multiply in fewer digits."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [backend.fp32_precision for backend in backends]
+    off = partial(torch.autocast, enabled=False)
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.no_grad(), off("cpu"), off("cuda"):
+            yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
-@_exactly
+@_exactly()
 def svd_init(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best A B^T of rank r for E, (out, in), without data: the optimum of (2).
     Results and errors raised as for `als_init`."""
@@ -69,7 +78,7 @@ def svd_init(E: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return U[:, :rank] * root, Vt[:rank].T * root  # (4) A = U_r sqrt(S_r), B = V_r sqrt(S_r)
 
 
-@_exactly
+@_exactly()
 def als_init(E: Tensor, H: Tensor, rank: int, steps=20, return_errors=False):
     """QuAILoRA: A and B by (3) to (6), with `steps` rounds of (5) and (6).
 
@@ -102,7 +111,7 @@ def als_init(E: Tensor, H: Tensor, rank: int, steps=20, return_errors=False):
     return (A, B, errors) if return_errors else (A, B)
 
 
-@_exactly
+@_exactly()
 def exact_init(E: Tensor, H: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A global optimum of (1) in closed form (QERA, arXiv 2410.06040; CLoQ, 2501.18475): A = U_r,
     the top r eigenvectors of E H E^T, and B^T = U_r^T E. ALS converges to it from all but special
@@ -115,7 +124,7 @@ def exact_init(E: Tensor, H: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return A.to(dtype), B.to(dtype)
 
 
-@_exactly
+@_exactly()
 def calibrated_error(E: Tensor, A: Tensor, B: Tensor, H: Tensor | None) -> float:
     """Objective (1), 1/2 || (E - A B^T) X ||_F^2 = 1/2 tr (E - A B^T) H (E - A B^T)^T, computed in
     the dtype of A and B, summed in float64. H = None is the identity: (2), without data."""
@@ -394,7 +403,7 @@ class LoRALinear(nn.Module):
         return partial(INITS[init].solve, rank=rank, steps=steps)  # E, H -> A, B
 
     @classmethod
-    @_exactly
+    @_exactly()
     def from_linear(
         cls, linear, H=None, rank=64, alpha=16, bits=4, init="quailora", steps=20, rslora=False,
         floor=False, **layout,
@@ -444,7 +453,7 @@ class LoRALinear(nn.Module):
         """What is added to Q, (out, in)."""
         return self.scaling * self.lora_B @ self.lora_A
 
-    @_exactly
+    @_exactly()
     def merged_weight(self):
         """Q + scaling * lora_B lora_A, (out, in), in the dtype of the factors; without them Q."""
         if not self.rank:
@@ -672,7 +681,8 @@ def _correlations(model, layers, batches, memory, context):
         if name not in H and sum(M.nbytes for M in H.values()) + need <= memory:
             H[name] = x.new_zeros(x.shape[1], x.shape[1])
         if name in H:
-            H[name].addmm_(x.T, x)  # in place, so autocast lets it be
+            with _exactly():
+                H[name].addmm_(x.T, x)
         elif not H:
             raise ValueError(f"the H of {name} takes {need} bytes, more than {memory:.0f}")
 
@@ -1193,7 +1203,7 @@ def residual_metric(H, B=None, damping=0.03):
     return M
 
 
-@_exactly
+@_exactly()
 def round_calibrated(W, base, M, descent=False):
     """Round W, (out, in), again to the levels and scales of `base`, input by input, each weight to
     the level where e M e^T is least, with the errors e in the inputs before it as they are, and
@@ -1289,7 +1299,7 @@ def _shifted(layer, x, y, name):
     """A layer with W X Y^T H^-1 in place of W, and H = Y Y^T: min over W' of || W X - W' Y || is
     (1) for these. x, y: (tokens, in), X^T and Y^T, its inputs in full precision and as
     initialized. The change of W is damped by 1% of the mean diagonal of H."""
-    with torch.autocast(x.device.type, enabled=False):
+    with _exactly():
         H, XY = (_summed(M.T @ y, name).double() for M in (y, x))
     damped = H.clone()
     damped.diagonal().add_(0.01 * H.diagonal().mean().clamp(min=1e-30))
@@ -1384,7 +1394,7 @@ class QALoRALinear(LoRALinear):
         return solve
 
     @classmethod
-    @_exactly
+    @_exactly()
     def from_linear(cls, linear, H=None, rank=64, *options, group_size=32, **more):
         """As `LoRALinear.from_linear`, with group_size in place of block_size, double_quant."""
         layer = super().from_linear(linear, H, rank, *options, group_size=group_size, **more)
@@ -1403,7 +1413,7 @@ class QALoRALinear(LoRALinear):
         self.merge()
         return self
 
-    @_exactly
+    @_exactly()
     def merge(self):
         """Put the adapter into the zero points, in place, and drop it: codes, scales and outputs
         stay what they are."""
@@ -1660,7 +1670,7 @@ def _effective_weight(base, shape, like):
     return Q
 
 
-@_exactly
+@_exactly()
 def _restarted(name, layer, original, H, dtype, solve, floor):
     """lora_A, lora_B and errors for a layer of peft's, from the layer in full precision."""
     from accelerate.utils import align_module_device

@@ -36,7 +36,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -852,6 +852,35 @@ def test_outputs_that_vanish_on_the_inputs_have_finite_errors():
         assert all(math.isfinite(value) for value in report.values())
     report = LoRALinear.from_linear(linear, torch.zeros(64, 64), 4, floor=True).report
     assert report["initialized"] == report["floor"] == 0
+
+
+def precisions():
+    return [getattr(torch.backends, name).matmul.fp32_precision for name in ("cuda", "mkldnn")]
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("call", [als_init, exact_init, input_correlations, apply_sequentially])
+def test_tf32_does_not_reach_the_solvers(call, precision, monkeypatch):
+    """Products of float32 are whole in them, and what the user has set holds again afterwards, also
+    after an error."""
+    seen, model, batches = [], tiny("llama"), token_batches(2, padded=False)
+    decompose, sum_up, E = quailora.qr, Tensor.addmm_, torch.randn(6, 8, generator=seeded())
+    monkeypatch.setattr(quailora, "qr", lambda M: seen.append(precisions()) or decompose(M))
+    record = lambda *args: seen.append(precisions()) or sum_up(*args)  # noqa: E731
+    monkeypatch.setattr(Tensor, "addmm_", record)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        before = precisions()
+        if call in (als_init, exact_init):
+            call(E, torch.eye(8), 2)
+            with pytest.raises(ValueError, match="NaN or inf"):
+                call(E * math.nan, torch.eye(8), 2)
+        else:
+            call(model, batches, **({"rank": 8} if call is apply_sequentially else {}))
+        assert precisions() == before and torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen and all(found == ["ieee"] * 2 for found in seen)
 
 
 def test_autocast_does_not_reach_the_solvers():
