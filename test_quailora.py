@@ -5093,8 +5093,11 @@ def check_runs(runs, methods):
 def check_tables(runs, table):
     titles = [row[0] for row in table[1:8]]
     assert titles == list(compare.methods_of(compare.parse_args([])))
-    assert all(", at 0.01" in row[0] for row in table[9:16])
-    assert table[17][1] == table[5][1] != table[18][1], "calibrated on the same and on another set"
+    assert table[8] == ["", "0.001", "0.01"] and [row[0] for row in table[9:16]] == titles
+    assert [row[1].split(" / ")[0] for row in table[9:16]] == [row[4] for row in table[1:8]]
+    assert all(", at 0.01" in row[0] for row in table[17:24])
+    assert [row[2].split(" / ")[0] for row in table[9:16]] == [row[4] for row in table[17:24]]
+    assert table[25][1] == table[5][1] != table[26][1], "calibrated on the same and on another set"
     by_rank = table[-10:]
     named = [row[0].rpartition(", step ")[0] for row in by_rank]
     assert named == [title for title in titles[:5] for _ in "03"]

@@ -320,14 +320,18 @@ def comparison(methods: dict[str, list[dict]]) -> list[str]:
 
 
 def tuned_table(runs: Runs, methods: dict[str, dict]) -> list[str]:
-    """Each method at its best learning rate."""
-    tuned = {}
+    """Perplexities by learning rate, and each method at the one that is best for the selection."""
+    rates, tuned = runs.args.sweep, {}
+    lines = ["\n### By learning rate: validation / selection\n", *head([f"{lr:g}" for lr in rates])]
     for title, method in methods.items():
-        trials = {lr: runs.of(method, lr=lr)["selection_perplexity"] for lr in runs.args.sweep}
-        finite = [lr for lr in trials if not math.isnan(trials[lr])]
-        best = min(finite or trials, key=trials.get)
+        trials = {lr: runs.of(method, lr=lr) for lr in rates}
+        chosen = {lr: trial["selection_perplexity"] for lr, trial in trials.items()}
+        ends = [f"{trials[lr]['perplexity'][-1][1]:.3f} / {chosen[lr]:.3f}" for lr in rates]
+        lines.append(row(title, ends))
+        finite = [lr for lr in rates if not math.isnan(chosen[lr])]
+        best = min(finite or rates, key=chosen.get)
         tuned[f"{title}, at {best:g}"] = runs.seeds(method, lr=best)
-    return ["\n### Each at its best learning rate\n", *comparison(tuned)]
+    return [*lines, "\n### Each at its best learning rate\n", *comparison(tuned)]
 
 
 def calibrations_table(runs: Runs) -> list[str]:
