@@ -171,7 +171,7 @@ def _check(W, H=None, rank=1, name="", alpha=1, init="svd", steps=0):
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
     if not 0 < alpha < math.inf:
-        raise ValueError(f"alpha must be positive, got {alpha}")
+        raise ValueError(f"alpha must be positive and finite, got {alpha}")
     if steps < 0:
         raise ValueError(f"steps must not be negative, got {steps}")
     of, shape = name and f" of {name}", tuple(W.shape)
@@ -457,7 +457,7 @@ class LoRALinear(nn.Module):
     def merged_weight(self):
         """Q + scaling * lora_B lora_A, (out, in), in the dtype of the factors; without them Q."""
         if not self.rank:
-            return self.base.dequantize(self.base.scales().dtype)
+            return self.base.dequantize(torch.promote_types(self.base.dtype, torch.float32))
         return self.base.dequantize(self.lora_A.dtype) + self.update()
 
     def merged(self):
@@ -490,7 +490,7 @@ def _left(E, A, B, H, least=None, whole=None):
     if whole is None:  # || E X ||^2 = || (E - A B^T) X ||^2 + 2 <E X, A B^T X> - || A B^T X ||^2
         HB = B if H is None else H.to(B.dtype) @ B
         taken = A * (2 * E @ HB - A @ (B.T @ HB))
-        whole = left["initialized"] + taken.sum(dtype=torch.float64).item() / 2
+        whole = max(left["initialized"] + taken.sum(dtype=torch.float64).item() / 2, 0.0)
     return {key: math.sqrt(error / (whole or 1)) for key, error in left.items()}
 
 
@@ -592,12 +592,10 @@ def _body(model):
 
 def linear_layers(model: nn.Module, skip=()) -> dict[str, nn.Module]:
     """The layers to replace, by name: every nn.Linear (no subclass: its forward is not known) and
-    Conv1D but those in `skip`, weights tied to an embedding, and heads: what a transformers model
-    has outside its `base_model`, and its output embedding. ValueError if `skip` has other names."""
-    skip = {skip} if isinstance(skip, str) else set(skip)
-    if unknown := skip - dict(model.named_modules()).keys():
-        raise ValueError(f"nothing to skip by the name {min(unknown)!r}")
-    body = set(_body(model).modules()) - {model}
+    Conv1D but what `skip` names (layers or blocks), weights tied to an embedding, and heads: what a
+    transformers model has outside its `base_model`, and its output embedding. ValueError if `skip`
+    names nothing."""
+    body = {*_body(model).modules()} - {model, *_skipped(model, skip)}
     if hasattr(model, "get_output_embeddings"):
         body.discard(model.get_output_embeddings())
     tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -605,15 +603,22 @@ def linear_layers(model: nn.Module, skip=()) -> dict[str, nn.Module]:
         name: m
         for name, m in model.named_modules()
         if (type(m) is nn.Linear or type(m).__name__ == "Conv1D")
-        and (m in body and name not in skip and id(m.weight) not in tied)
+        and (m in body and id(m.weight) not in tied)
     }
+
+
+def _skipped(model, skip):
+    modules, names = dict(model.named_modules()), {skip} if isinstance(skip, str) else {*skip}
+    if unknown := names - modules.keys():
+        raise ValueError(f"nothing to skip by the name {min(unknown)!r}")
+    return [m for name in names for m in modules[name].modules()]
 
 
 def prepared(
     model, rank, alpha, bits, init, steps, skip=(), H=None, rslora=False, floor=False, **layout
 ):  # fmt: skip
     """`linear_layers`, and linear, H -> what replaces it; ValueError for what would stop that."""
-    kind, skip = type(model).__name__, [skip] if isinstance(skip, str) else [*skip]
+    kind = type(model).__name__
     for name, m in model.named_modules():
         if hasattr(m, "lora_A"):
             what = "initialize_peft starts it, if it is peft's"
@@ -624,7 +629,7 @@ def prepared(
         raise ValueError(f"{kind} is quantized already ({rounded.value}): {what}")
     if not (layers := linear_layers(model, skip)):
         raise ValueError(f"{kind} has no linear layers to replace")
-    _warn_of_others(model, [*layers.values(), *map(model.get_submodule, skip)])
+    _warn_of_others(model, [*layers.values(), *_skipped(model, skip)])
     layer_class = next((LAYER_OF[key] for key in layout if key in LAYER_OF), LoRALinear)
     for name, layer in layers.items():
         W = _weight(layer)
@@ -638,15 +643,14 @@ def prepared(
 
 def _warn_of_others(model, layers):
     """If more than 5% of the body's weights are in none of these layers: in experts, say."""
-    body = _body(model)
-    known = [*layers, *(m for m in body.modules() if isinstance(m, nn.Embedding))]
+    inside = {id(p) for p in _body(model).parameters() if p.ndim > 1}
+    known = [*layers, *(m for m in model.modules() if isinstance(m, nn.Embedding))]
     known = {id(p) for layer in known for p in layer.parameters()}
-    named = [(name, p) for name, p in body.named_parameters() if p.ndim > 1]
-    others = {id(p): p.numel() for _, p in named if id(p) not in known}
-    share = sum(others.values()) / sum(p.numel() for _, p in named)
+    sizes = {name: p.numel() for name, p in model.named_parameters() if id(p) in inside}
+    others = [name for name, p in model.named_parameters() if id(p) in inside - known]
+    share = sum(map(sizes.get, others)) / sum(sizes.values())
     if share > 0.05:
-        names = [name for name, p in model.named_parameters() if id(p) in others]
-        names = f"{names[0]} and {len(names) - 1} more"
+        names = f"{others[0]}, {len(others)} in all"
         warnings.warn(f"{share:.0%} of the weights stay in full precision: {names}", stacklevel=4)
 
 
@@ -1038,6 +1042,10 @@ def load_base(model, folder):
         if key in own and own[key].shape != x.shape:
             ours, theirs = tuple(own[key].shape), tuple(x.shape)
             raise ValueError(f"{key} is {theirs} in {folder} and {ours} in the model")
+    filled = {own[key].data_ptr() for key in own.keys() & tensors.keys()}  # tied ones too
+    for key, x in own.items():
+        if x.data_ptr() not in filled and not key.startswith(tuple(f"{name}." for name in found)):
+            raise ValueError(f"{folder} holds no {key}")
     for name, base in found.items():  # now that all fit
         layer = old = modules[name]
         if not isinstance(old, LoRALinear):
@@ -1247,7 +1255,8 @@ def apply_sequentially(
     **options,
 ):  # fmt: skip
     """`apply_quailora`, but each layer repairs what those before it left: from the inputs Y that
-    it gets in the model as it is initialized so far, it solves min || W X - (Q + A B^T) Y ||. The
+    it gets in the model as it is initialized so far, it solves min || W X - (Q + A B^T) Y ||, and
+    its row has the error on Y, of the W' that is best for that, over that of quantize(W'). The
     bases are not `quantize(W)`: save them with `save_base`. Takes all batches, of sequences of one
     length, as one, twice, through the model: one half of the rows in full precision, the other as
     initialized. Raises ValueError also for an init without data, and batches of several shapes."""
@@ -1261,7 +1270,7 @@ def apply_sequentially(
     def forward(name, x):
         if len(x) % rows:
             why = "a sequential start cannot tell whose they are"
-            raise RuntimeError(f"{name} reads {len(x)} rows, for twice a batch {rows}: {why}")
+            raise RuntimeError(f"{name} reads {len(x)} rows, with two copies of {rows // 2}: {why}")
         layer, (full, ours) = layers[name], x.chunk(2)
         if name not in done:  # a layer that is called again keeps what its first call gave
             next(bar, None)
@@ -1288,6 +1297,8 @@ def apply_sequentially(
 def _twice(batches):
     """Two copies of all batches as one."""
     batches = [dict(b) if isinstance(b, Mapping) else b for b in batches]
+    if not batches:
+        raise ValueError("a sequential start needs calibration data: there is no batch")
     try:
         return tree_map(lambda *x: torch.cat(x * 2) if isinstance(x[0], Tensor) else x[0], *batches)
     except (RuntimeError, TypeError, ValueError) as error:
@@ -1535,7 +1546,7 @@ def _q4_1(base, rows, name):
     blocks = [base.absmax, -base.absmax * base.zero]
     blocks = [x.view(out, -1)[rows].repeat_interleave(base.group_size // 32, 1) for x in blocks]
     halves = torch.stack(blocks, -1).to(torch.float16).cpu()  # (out, n / 32, 2)
-    off = (halves[:, :, 0] - blocks[0].cpu()).abs() > blocks[0].cpu() / 64
+    off = (halves[:, :, 0] - blocks[0].cpu()).abs() > blocks[0].max().cpu() / 64  # of the layer's
     if off.any() or not halves.isfinite().all():
         raise ValueError(f"{name} has a scale or a zero point that float16 cannot hold")
     packed = codes[:, :, 0] + 16 * codes[:, :, 1]

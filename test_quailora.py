@@ -1252,6 +1252,18 @@ def test_a_vision_transformer_works_too():
     assert all(layer.lora_A.grad.any() for layer in lora_layers(vit).values())
 
 
+def test_a_block_is_skipped_with_all_that_is_in_it():
+    """By its name, as a layer is."""
+    model = tiny("llama")
+    (left,) = {*model.model.layers[1:]}
+    found = linear_layers(model, "model.layers.0")
+    assert len(found) == 7 and {*found.values()} <= {*left.modules()}
+    apply_quailora(model, None, rank=8, init="svd", skip=["model.layers.0", "model.layers.1.mlp"])
+    assert [name.rpartition(".")[0] for name in lora_layers(model)] == [
+        "model.layers.1.self_attn"
+    ] * 4
+
+
 def test_a_layer_in_two_places_is_replaced_once_in_both():
     """A module that is registered twice becomes one LoRALinear in both places, and a layer that
     is skipped, by a list of names or by one name, stays."""
@@ -1395,8 +1407,8 @@ FIRST = "model.decoder.layers.0.self_attn.k_proj"
     [
         ({"rank": 33}, rf"rank 33 is not within 1 .. min\(out, in\) = 32 of {FIRST}"),
         ({"rank": 0}, "rank 0"),
-        ({"alpha": 0}, "alpha must be positive, got 0"),
-        ({"alpha": math.nan}, "alpha must be positive, got nan"),
+        ({"alpha": 0}, "alpha must be positive and finite, got 0"),
+        ({"alpha": math.nan}, "alpha must be positive and finite, got nan"),
         ({"bits": 5}, "bits must be 2, 3, 4, 8 or 16, got 5"),
         ({"steps": -1}, "steps must not be negative, got -1"),
         ({"skip": "model.lm"}, "nothing to skip by the name 'model.lm'"),
@@ -1732,7 +1744,7 @@ def test_a_mixture_of_experts_is_warned_of_with_its_share(call):
     share = round(100 * sum(left.values()) / sum(sizes.values()))
     assert share > 50 and len(left) == 6
     first = next(name for name, _ in model.named_parameters() if ".mlp." in name)
-    message = f"^{share}% of the weights stay in full precision: {first} and 5 more$"
+    message = f"^{share}% of the weights stay in full precision: {first}, 6 in all$"
     with pytest.warns(UserWarning, match=message) as warned:
         call(model, token_batches(padded=False), rank=8)
     assert len(warned) == 1 and len(lora_layers(model)) == 8
@@ -1970,7 +1982,7 @@ def test_a_batch_in_place_of_a_list_is_refused(call):
 def test_calibration_keeps_no_keys_and_values(call, family, fails):
     """No pass makes a cache, and afterwards, even after an exception, one is made as before."""
     model = encoder_decoder("bart") if family == "bart" else tiny(family)
-    batches, kept = token_batches(2, padded=False), []
+    batches, kept = [seq2seq_batch(20)] if family == "bart" else token_batches(2, padded=False), []
 
     def look(module, args, output):
         kept.append((module.config.use_cache, output.past_key_values))
@@ -2188,6 +2200,13 @@ def test_a_base_that_does_not_fit_is_refused(tmp_path):
     refused(tiny("llama"), r"decoder.* is \(.*\) in .*base and None in the model")
     larger.resize_token_embeddings(larger.config.vocab_size + 1, mean_resizing=False)
     refused(larger, r"weight is \(384, 32\) in .*base and \(385, 32\) in the model")
+    (file,) = (tmp_path / "base").glob("*.safetensors")
+    content, lost = load_safetensors(file.read_bytes()), "model.decoder.layers.1.fc2"
+    for part in (f"{lost}.", "model.decoder.final_layer_norm.weight"):
+        (tmp_path / part).mkdir()
+        rest = {key: x for key, x in content.items() if not key.startswith(part)}
+        save_file(rest, tmp_path / part / "model.safetensors")
+        refused(tiny("opt"), f"holds no {re.escape(part)}", part)
     refused(tiny("opt"), "nowhere holds no", "nowhere", FileNotFoundError)
     tiny("opt").save_pretrained(tmp_path / "plain")
     refused(tiny("opt"), "plain holds no .*of save_base", "plain")
@@ -2635,9 +2654,10 @@ def test_a_sequential_start_refuses_what_it_cannot_use():
             apply_sequentially(tiny("opt"), token_batches(padded=False), rank=4, init=init)
     lengths = [{"input_ids": torch.ones(1, n).long()} for n in (5, 6)]
     keys = [{"input_ids": torch.ones(1, 5).long()}, token_batches()[0]]
-    for batches in (lengths, keys, []):
+    wanted = "batches of the same keys, with sequences of one length"
+    for batches, what in (lengths, wanted), (keys, wanted), ([], "calibration data"):
         model = tiny("opt")
-        with pytest.raises(ValueError, match="a sequential start needs .*sequences of one length"):
+        with pytest.raises(ValueError, match=f"a sequential start needs {what}"):
             apply_sequentially(model, batches, rank=4)
         assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
     for options in ({"H": input_correlations(model, token_batches())}, {"memory": 1e9}):
@@ -3480,9 +3500,25 @@ def test_gguf_that_cannot_be_written_leaves_no_part(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [template]
 
 
+@pytest.mark.parametrize(
+    "group", [torch.full((32,), 0.01), 1e-7 * torch.arange(32.0), torch.ones(32)]
+)
+def test_gguf_holds_a_group_whose_range_float16_lacks(group, tmp_path):
+    """Beside others of the layer what float16 makes of such a scale is next to nothing."""
+    full = tiny("llama", 64)
+    full.get_submodule(Q_PROJ).weight.data[3, :32] = group
+    model = copy.deepcopy(full)
+    apply_quailora(model, None, 4, init="qlora", group_size=32)
+    template = write_llama(full, tmp_path / "template.gguf", "F32")
+    quailora.save_gguf(quailora.merge(model), template, tmp_path / "new.gguf")
+    written = dequantized(read_gguf(tmp_path / "new.gguf")[gguf_name(Q_PROJ)])
+    expected = converted(gguf_name(Q_PROJ), model.get_submodule(Q_PROJ).merged_weight().double())
+    assert (written - expected).abs().max() < 2**-11 * expected.abs().max() + 2**-20
+
+
 @pytest.mark.parametrize("size", [1e-6, 1e8])
 def test_gguf_is_refused_for_weights_that_float16_lacks(size, tmp_path):
-    """Scales that float16 cannot hold to 1%, and an m that is beyond it, are not written."""
+    """Scales of a layer that float16 cannot hold, and an m that is beyond it, are not written."""
     full, model = merged_llama(seeded(), size=size)
     template = write_llama(full, tmp_path / "template.gguf", "F32")
     with pytest.raises(ValueError, match=f"{Q_PROJ} .*float16"):
@@ -4612,7 +4648,7 @@ FAULTS = {
     ),
     "rank 0": ("--rank 0", "rank 0 is not within 1 .."),
     "rank negative": ("--rank -1", "rank -1 is not within 1 .."),
-    "alpha 0": ("--alpha 0", "alpha must be positive, got 0.0"),
+    "alpha 0": ("--alpha 0", "alpha must be positive and finite, got 0.0"),
     "rounds negative": ("--als-steps -1", "steps must not be negative, got -1"),
     "bits": ("--bits 5", "bits must be 2, 3, 4, 8 or 16, got 5"),
     "bits of groups": ("--method qa-lora --bits 16", "bits must be 2, 3, 4"),
