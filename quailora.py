@@ -308,7 +308,7 @@ def _round_blocks(x, levels, block_size):
 
 def _pack(codes, bits, to=8):
     """uint8 codes (n,) below 2^bits, their bits in a row, the highest first, cut into codes below
-    2^to: into bytes, and back with (bytes, 8, bits). The last byte is filled up with level 0."""
+    2^to: into bytes, and back with (bytes, 8, bits). The last byte is filled up with a middle code."""
     size = math.lcm(bits, to)  # of a word
     n, dtype = size // bits, torch.uint8 if size == 8 else torch.int32  # n codes in a word
     codes = nn.functional.pad(codes, (0, -len(codes) % n), value=2 ** (bits - 1) - 1).view(-1, n)
@@ -369,7 +369,7 @@ def _zero_init(E, H, rank, steps):
 
 
 INITS = {
-    "qlora": Init(_zero_init, needs_data=False),  # the baseline: A = 0, B random
+    "qlora": Init(_zero_init, needs_data=False),  # QLoRA: A = 0, B random, split as the others
     "svd": Init(lambda E, H, rank, steps: svd_init(E, rank), needs_data=False),
     "quailora": Init(als_init, needs_data=True),
     "exact": Init(lambda E, H, rank, steps: exact_init(E, H, rank), needs_data=True),
@@ -636,7 +636,7 @@ def prepared(
         if H is not None and name not in H:
             raise ValueError(f"H has nothing for {name}")
         _check(W, H and H[name], rank, name, alpha, init, steps)
-        layer_class.rounding(torch.zeros(1, W.shape[1]), bits, **layout)
+        layer_class.rounding(torch.zeros(1, W.shape[1]), bits, **layout)  # refuses other layouts
     options = dict(rank=rank, alpha=alpha, bits=bits, init=init, steps=steps)
     return layers, partial(layer_class.from_linear, **options, rslora=rslora, floor=floor, **layout)
 
@@ -670,8 +670,9 @@ def input_correlations(model: nn.Module, batches: Iterable, skip=(), memory=math
 def _correlations(model, layers, batches, memory, context):
     """`input_correlations` of these layers, with the model in context(model)."""
     H, masks = {}, [None, None]
-    readers = {name: [] for name in layers}  # for each call, the first reader of the same tensor
-    first = WeakIdKeyDictionary()  # tensor -> its version, which a write to it changes -> layer
+    readers = {name: [] for name in layers}  # for each call, the first reader of the same tensor:
+    first = WeakIdKeyDictionary()  # q_proj, which k_proj, v_proj share it with. Tensor -> its
+    # version, which a write to it changes -> layer
 
     def read(name, layer, args):
         x = args[0]
@@ -700,7 +701,7 @@ def _correlations(model, layers, batches, memory, context):
     for name, found in readers.items():
         if not found:
             raise ValueError(f"{name} read nothing in calibration: is a batch there, in each pass?")
-        if found != found[:1] * len(readers[found[0]]):
+        if found != found[:1] * len(readers[found[0]]):  # the same one, as often as it was called
             raise RuntimeError(f"{name} reads the same tensor as {found[0]} in some calls only")
     H = {name: _summed(H[name], name) for name in layers if name in H}  # everywhere in one order
     return {name: H[found[0]] for name, found in readers.items() if found[0] in H}
@@ -1387,8 +1388,8 @@ class QALoRALinear(LoRALinear):
     sum of the inputs of each group (not their mean), and Q a GroupedWeight with these groups.
 
     So the update is the same for all weights of a row in a group, and `merge` puts it into their
-    zero point. `lora_A` is (r, in/g), the rest as in LoRALinear. A rank beyond in/g gains nothing
-    but speed of training."""
+    zero point. `lora_A` is (r, in/g), the rest as in LoRALinear. A rank beyond in/g repairs no
+    more."""
 
     rounding = staticmethod(quantize_groups)
 
@@ -1435,7 +1436,7 @@ class QALoRALinear(LoRALinear):
 
 
 def _to_rank(lora_A, lora_B, rank):
-    """The same product with more columns, in random directions."""
+    """The same product with `rank` rows of lora_A, in random directions."""
     if rank == len(lora_A):
         return lora_A, lora_B
     turn = qr(torch.randn(rank, len(lora_A)).to(lora_A)).Q
