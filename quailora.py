@@ -308,7 +308,7 @@ def _round_blocks(x, levels, block_size):
 
 def _pack(codes, bits, to=8):
     """uint8 codes (n,) below 2^bits, their bits in a row, the highest first, cut into codes below
-    2^to: into bytes, and back with (bytes, 8, bits). The last byte is filled up with a middle code."""
+    2^to: into bytes, and back with (bytes, 8, bits). The last byte is filled up (level 0)."""
     size = math.lcm(bits, to)  # of a word
     n, dtype = size // bits, torch.uint8 if size == 8 else torch.int32  # n codes in a word
     codes = nn.functional.pad(codes, (0, -len(codes) % n), value=2 ** (bits - 1) - 1).view(-1, n)
