@@ -682,12 +682,12 @@ def _correlations(model, layers, batches, memory, context):
         if reader != name:
             return
         x = _tokens(x, masks[decodes(layer, x)])
-        need = x.shape[1] ** 2 * x.itemsize
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        need = x.shape[1] ** 2 * dtype.itemsize
         if name not in H and sum(M.nbytes for M in H.values()) + need <= memory:
-            H[name] = x.new_zeros(x.shape[1], x.shape[1])
+            H[name] = x.new_zeros(x.shape[1], x.shape[1], dtype=dtype)
         if name in H:
-            with _exactly():
-                H[name].addmm_(x.T, x)
+            _add_products(H[name], x)
         elif not H:
             raise ValueError(f"the H of {name} takes {need} bytes, more than {memory:.0f}")
 
@@ -745,9 +745,20 @@ def _arguments(batch, model):
 
 
 def _tokens(x, mask):
-    """What a layer read, (..., in), as (tokens, in) in float32 at least, where the mask is set."""
+    """What a layer read, (..., in), as (tokens, in), where the mask is set."""
     x = x.reshape(-1, x.shape[-1])
-    return _float(x if mask is None or len(mask) != len(x) else x[mask.to(x.device)])
+    return x if mask is None or len(mask) != len(x) else x[mask.to(x.device)]
+
+
+@_exactly()
+def _add_products(H, x):
+    """H += x^T x, for x, (tokens, in). Products of 16-bit numbers are exact in float32: those CUDA
+    makes on its tensor cores (torch 2.8 and later)."""
+    if x.is_cuda and x.itemsize == 2 and hasattr(torch.ops.aten.mm, "dtype"):
+        H += torch.mm(x.T, x, out_dtype=H.dtype)
+    else:
+        x = x.to(H.dtype)
+        H.addmm_(x.T, x)
 
 
 def _summed(H, name):
@@ -1276,7 +1287,7 @@ def apply_sequentially(
         if name not in done:  # a layer that is called again keeps what its first call gave
             next(bar, None)
             mask = masks[decodes(layer, x)]
-            done[name] = new = start(*_shifted(layer, *_tokens(x, mask).chunk(2), name))
+            done[name] = new = start(*_shifted(layer, *_float(_tokens(x, mask)).chunk(2), name))
             new.kind, new.own_base, new.base.dtype = type(layer), bits < 16, layer.weight.dtype
         return torch.cat([type(layer).forward(layer, full), done[name](ours)])
 

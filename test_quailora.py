@@ -854,6 +854,19 @@ def test_outputs_that_vanish_on_the_inputs_have_finite_errors():
     assert report["initialized"] == report["floor"] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_products_of_inputs_are_exact_in_float32(device, dtype):
+    """Also of 16-bit inputs, which a GPU multiplies on its tensor cores: H is that of float64."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    x = (3 + torch.randn(1000, 48, generator=seeded())).to(device, dtype)
+    H = torch.ones(48, 48, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    quailora._add_products(H, x)
+    exact = 1 + x.double().T @ x.double()
+    assert (H - exact).norm() < 1e-6 * exact.norm()
+
+
 def precisions():
     return [getattr(torch.backends, name).matmul.fp32_precision for name in ("cuda", "mkldnn")]
 
