@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What QuAILoRA costs on CPUs, beside what else the same machine does in the same run.
+"""What QuAILoRA costs, beside what else the same machine does in the same run.
 
     python assets/benchmark.py                          SmolLM2-135M: 5 minutes on 2 cores
     python assets/benchmark.py 4096x4096 11008x4096     layers of these shapes, OUTxIN, H given
+    python assets/benchmark.py --device cuda            a LLaMA of 7B with random weights, on a GPU
 
 The pace of the machine is that of two large products, E H, and E E^T or E^T E, in float32. LoftQ
 is one round of init="svd", which is rounding and a full SVD: its seconds times LoftQ's five
@@ -12,9 +13,11 @@ rounds, its memory and error as they are. Memory is read from Linux. Nothing her
 import argparse
 import gc
 import json
+import math
 import multiprocessing
 import subprocess
 import sys
+import tempfile
 import time
 from functools import cache
 from importlib.util import find_spec
@@ -31,7 +34,7 @@ import quailora  # noqa: E402
 import train  # noqa: E402
 from quailora import LoRALinear, QuantizedWeight  # noqa: E402
 
-RANK, STEPS = 64, 20
+RANK, STEPS, CPU = 64, 20, torch.device("cpu")
 SQUARE, TALL, WIDE = (4096, 4096), (11008, 4096), (4096, 11008)  # the layers of LLaMA 7B
 LLAMA = {  # blocks, width, width of the MLP, rows of k and v
     "7B": (32, 4096, 11008, 4096),
@@ -251,14 +254,17 @@ def correlations(n: int):
     return X @ X.T
 
 
-def layer_costs(shapes: list, floor: bool):
-    LoRALinear.from_linear(nn.Linear(64, 64), rank=1)  # starts the threads
+def layer_costs(shapes: list, floor: bool, device=CPU):
+    LoRALinear.from_linear(nn.Linear(64, 64, device=device), rank=1)  # starts the threads
     for out, n in shapes:
-        H, linear = correlations(n), nn.Linear(n, out, bias=False)
-        products = seconds_of(two_products, linear.weight.detach(), H)
+        H, linear = correlations(n).to(device), nn.Linear(n, out, bias=False, device=device)
+        two_products(linear.weight.detach(), H)  # warm-up
+        products, _, _ = measured_on(device, two_products, linear.weight.detach(), H)
         rows = []
         for method, init, rounds in ("QuAILoRA", "quailora", 1), ("LoftQ", "svd", 5):
-            peak, layer = peak_mb(LoRALinear.from_linear, linear, H, RANK, init=init)
+            start = LoRALinear.from_linear
+            _, peak, layer = measured_on(device, start, linear, H, RANK, init=init)
+            peak *= 1e9 / 2**20
             seconds, left = rounds * layer.report["seconds"], layer.report["initialized"]
             row = {"layer": f"{out}x{n}", "method": method, "seconds": seconds}
             row |= {"over two products": seconds / products, "peak extra MB": peak}
@@ -288,21 +294,210 @@ def llama_costs(rows: list[dict]):
         yield {"minutes for all layers of LLaMA": model, **minutes}
 
 
+# ------------------------------------------------- a LLaMA with random weights, on any device
+
+
+def synchronized(device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measured_on(device, call, *arguments, **options):
+    """Seconds, peak GB beyond what is held before (of a GPU's memory), and what `call` returns."""
+
+    def timed():
+        began = synchronized(device)
+        result = call(*arguments, **options)
+        return synchronized(device) - began, result
+
+    if device.type != "cuda":
+        peak, (seconds, result) = peak_mb(timed)
+        return seconds, peak * 2**20 / 1e9, result
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    seconds, result = timed()
+    return seconds, (torch.cuda.max_memory_allocated() - before) / 1e9, result
+
+
+def random_llama(device, blocks, width, hidden, dtype=torch.bfloat16):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(num_hidden_layers=blocks, hidden_size=width, intermediate_size=hidden)
+    heads = max(1, width // 128)
+    config = LlamaConfig(**sizes, num_attention_heads=heads, num_key_value_heads=heads)
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def random_tokens(device, count, length=512):
+    return torch.randint(32000, (count, length), generator=torch.manual_seed(0)).to(device)
+
+
+def device_equals_cpu(device):
+    """What each init makes of a small model here and on the CPU."""
+    batches = random_tokens(CPU, 4, 64).split(2)
+    for init in quailora.INITS:
+        weights = []
+        for where in (CPU, device):
+            model = random_llama(CPU, 2, 128, 256, torch.float32).to(where)
+            torch.manual_seed(0)
+            quailora.apply_quailora(model, batches, 16, init=init)
+            layers = quailora.lora_layers(model).values()
+            weights.append([layer.merged_weight().cpu() for layer in layers])
+        apart = [(a - b).norm() / a.norm() for a, b in zip(*weights, strict=True)]
+        yield {"merged weight here and on the CPU": init, "apart, worst layer": max(apart).item()}
+
+
+def codes_equal_bitsandbytes(device):
+    import bitsandbytes
+
+    W = torch.randn(4096, 4096, generator=torch.manual_seed(0)).to(device)
+    codes, _ = bitsandbytes.functional.quantize_4bit(W, quant_type="nf4", blocksize=64)
+    same = (quailora.quantize(W).codes.view(-1) == codes.view(-1)).double().mean().item()
+    yield {"NF4 codes of 4096 x 4096 that equal bitsandbytes'": same}
+
+
+def device_calibration(device, size, tokens):
+    """A pass over random tokens, and the same without H."""
+    model, batches = random_llama(device, *size), random_tokens(device, *tokens).split(4)
+
+    @torch.no_grad()
+    def alone():
+        for batch in batches:
+            model.base_model(batch)
+
+    alone()
+    least, _, _ = measured_on(device, alone)
+    first = next(iter(quailora.linear_layers(model)))
+    skip = [name for name in quailora.linear_layers(model) if name != first]
+    quailora.input_correlations(model, batches[:1], skip=skip)  # warm-up
+    # H of all layers of a block at a time, as memory= does: 16 GB
+    began = synchronized(device)
+    done, passes = {}, 0
+    while len(done) < len(skip) + 1:
+        done |= dict.fromkeys(quailora.input_correlations(model, batches, list(done), 16e9))
+        passes += 1
+    seconds, count = (synchronized(device) - began) / passes, batches[0].shape[1] * 4 * len(batches)
+    yield {
+        "calibration": f"{passes} passes over {count:,} tokens", "tokens/s": count / seconds,
+        "tokens/s without H": count / least, "share of H": 1 - least / seconds,
+    }  # fmt: skip
+
+
+def device_start(device, size, tokens):
+    """The whole of apply_quailora, and of initialize_peft on a model in NF4."""
+    batches = random_tokens(device, *tokens).split(4)
+    model = random_llama(device, *size)
+    held = sum(p.nbytes for p in model.parameters()) / 1e9
+    seconds, peak, rows = measured_on(
+        device, quailora.apply_quailora, model, batches, RANK, memory=16e9
+    )
+    started = sum(row["seconds"] for row in rows)
+    title = {"a start of the whole model": "apply_quailora", "model, GB": held}
+    yield title | {"seconds": seconds, "of these layers": started, "peak GB beyond": peak}
+    del model
+    if missing := [name for name in ("bitsandbytes", "peft") if not find_spec(name)]:
+        print(f"skipped, for want of {', '.join(missing)}: initialize_peft")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        random_llama(device, *size).save_pretrained(folder)
+        model = adapted(folder, device)
+        held = torch.cuda.memory_allocated() / 1e9 if device.type == "cuda" else math.nan
+        seconds, peak, rows = measured_on(
+            device, quailora.initialize_peft, model, batches, memory=16e9
+        )
+    started = sum(row["seconds"] for row in rows)
+    title = {"a start of the whole model": "initialize_peft", "model, GB": held}
+    yield title | {"seconds": seconds, "of these layers": started, "peak GB beyond": peak}
+
+
+def adapted(folder, device):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    nf4 = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, **nf4, bnb_4bit_compute_dtype=torch.bfloat16)
+    options = dict(quantization_config=nf4, dtype=torch.bfloat16, device_map={"": device})
+    base = AutoModelForCausalLM.from_pretrained(folder, **options)
+    return get_peft_model(base, LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear"))
+
+
+def device_step(device, size, tokens):
+    """A training step, gradient checkpointing off, beside peft and bitsandbytes."""
+    ids, kinds = random_tokens(device, *tokens), ("ours", PEFT)
+    with tempfile.TemporaryDirectory() as folder:
+        random_llama(device, *size).save_pretrained(folder)
+        for kind in kinds:
+            if kind == "ours":
+                model = random_llama(device, *size)
+                quailora.apply_quailora(model, None, RANK, init="qlora")
+            elif find_spec("bitsandbytes") and find_spec("peft"):
+                model = adapted(folder, device)
+            else:
+                print(f"skipped, for want of bitsandbytes or peft: {kind}")
+                return
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+            model.train()
+
+            def step(model=model, optimizer=optimizer):
+                with torch.autocast(device.type, torch.bfloat16):
+                    model(input_ids=ids, labels=ids).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+            step()
+            turns = [measured_on(device, step)[:2] for _ in range(3)]
+            seconds, peak = (median(column) for column in zip(*turns, strict=True))
+            row = {f"a training step, {tokens[0]} x {tokens[1]}": kind, "seconds": seconds}
+            yield row | {"peak GB beyond the model": peak}
+            del model, optimizer, step
+
+
+def device_costs(device) -> dict:
+    """The whole of --device: 7B on a GPU, small shapes on a CPU."""
+    gpu = device.type == "cuda"
+    size = (32, 4096, 11008) if gpu else (2, 256, 512)
+    shapes = [SQUARE, TALL, WIDE] if gpu else [(256, 256), (512, 256), (256, 512)]
+    name = torch.cuda.get_device_name(device) if gpu else "small shapes, to try the script"
+    print(name)
+    results = {"device": name, "torch": torch.__version__}
+    results["equal"] = show(device_equals_cpu(device))
+    results["codes"] = show(codes_equal_bitsandbytes(device), needs=["bitsandbytes"])
+    results["layers"] = show(layer_costs(shapes, False, device))
+    if gpu:
+        results["LLaMA"] = show(llama_costs(results["layers"]))
+    results["calibration"] = show(device_calibration(device, size, (32 if gpu else 8,)))
+    results["start"] = show(device_start(device, size, (32 if gpu else 8,)))
+    results["step"] = show(device_step(device, size, (4, 512 if gpu else 64)))
+    return results
+
+
 def shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split("x", 1)))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What QuAILoRA costs on CPUs, as ratios.")
+    parser = argparse.ArgumentParser(description="What QuAILoRA costs, as ratios.")
     add = parser.add_argument
     add("shapes", nargs="*", type=shape, metavar="OUTxIN", help="layers; default: SmolLM2-135M")
     add("--floor", action="store_true", help="of layers also the least possible error: slow")
+    add("--device", type=torch.device, help="cuda: a LLaMA of 7B; cpu: the same on small shapes")
     add("--out", type=Path, metavar="FILE", help="the numbers as JSON too")
     args = parser.parse_args()
     machine = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     print(machine)
     results = {"machine": machine}
-    if args.shapes:
+    if args.device:
+        results |= device_costs(args.device)
+    elif args.shapes:
         results["layers"] = show(layer_costs(args.shapes, args.floor))
         if {SQUARE, TALL, WIDE} <= set(args.shapes):
             results["LLaMA"] = show(llama_costs(results["layers"]))
