@@ -20,6 +20,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 import weakref
@@ -1473,6 +1474,7 @@ def test_missing_data_and_missing_layers_are_refused():
 
 BLOCKED = """
 import sys
+import tempfile
 
 class Blocked:
     names = {"bitsandbytes", "transformers", "peft", "safetensors", "test_quailora", "train"}
@@ -1692,6 +1694,7 @@ class OnTwoDevices(nn.Sequential):
     def __init__(self, far=None):
         torch.manual_seed(0)
         super().__init__(nn.Linear(16, 24), nn.Linear(24, 12))
+        self.far = far
         self.devices = ["meta" if i == far else "cpu" for i in range(2)]
         for layer, device in zip(self, self.devices, strict=True):
             for name, p in layer.named_parameters():
@@ -1703,12 +1706,38 @@ class OnTwoDevices(nn.Sequential):
         return x.to("cpu")
 
 
+def saved_and_loaded(model, batches):
+    """A start that comes from disk."""
+    rows, other = apply_quailora(model, batches, rank=4), OnTwoDevices(model.far)
+    with tempfile.TemporaryDirectory() as folder:
+        quailora.save_adapter(model, folder)
+        quailora.load_adapter(other, folder)
+    for i, layer in enumerate(other):
+        model[i] = layer
+    return rows
+
+
+def started_for_peft(model, batches):
+    full, config = OnTwoDevices(model.far), peft.LoraConfig(r=4, target_modules=["0", "1"])
+    for layer in model:
+        layer.weight = nn.Parameter((8 * layer.weight.data).round() / 8)
+    return initialize_peft(peft.get_peft_model(model, config), batches, full)
+
+
 TWO_STARTS = {
-    "batches": lambda model, batches: apply_quailora(model, batches, rank=4),
+    **{
+        init: lambda model, batches, init=init: apply_quailora(
+            model, batches, 4, init=init, floor=True
+        )
+        for init in INITS
+    },
+    "groups": lambda model, batches: apply_quailora(model, batches, 4, group_size=4),
+    "passes": lambda model, batches: apply_quailora(model, batches, 4, memory=24 * 24 * 4),
+    "saved": saved_and_loaded,
+    "peft": started_for_peft,
     "H": lambda model, batches: apply_quailora(
         model, None, rank=4, H=input_correlations(OnTwoDevices(), batches)
     ),
-    "joint": lambda model, batches: apply_quailora(model, batches, 4, init="joint", floor=True),
     "sequential": lambda model, batches: apply_sequentially(model, batches, rank=4),
 }
 
@@ -1735,7 +1764,7 @@ def test_each_layer_is_started_on_its_own_device(start, far, monkeypatch):
     assert all(torch.equal(state[name], tensor) for name, tensor in one.state_dict().items())
     assert torch.equal(y, one(x))
     for row, expected in zip(found, rows, strict=True):
-        assert row["initialized"] == expected["initialized"] < 1
+        assert row["initialized"] == expected["initialized"] < (2 if start == "qlora" else 1)
 
 
 def mixture():
@@ -4812,6 +4841,7 @@ def test_help_starts_without_the_heavy_imports(module):
     name, folder = module.__name__, str(Path(module.__file__).parent)
     code = f"""
 import sys
+import tempfile
 sys.path.insert(0, {folder!r})
 import {name}
 try:
