@@ -5399,6 +5399,10 @@ def test_tasks_go_on_and_score_nothing_twice(llama_folder, tmp_path, capsys, mon
     assert second == first | {"end": {"mine.jsonl": [[0.0, 1.0], [0.0] * 4]}}
     assert first["start"] != first["full precision"]
     assert [row[0] for row in shown[-3:]] == ["full precision", "start", "end"]
+    other = shutil.copy(file, tmp_path / "other.jsonl")
+    tasks.main([*arguments, str(other)])
+    _, together = capsys.readouterr().out.split("### together")
+    assert table_rows(together)[0][0] == "4 questions"
     file.write_text('{"context": "Who?", "choices": ["I"], "answer": 1}')
     with pytest.raises(SystemExit, match="2"):
         tasks.main(arguments)

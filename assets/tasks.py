@@ -11,6 +11,7 @@ log-likelihood after the context. --out keeps these: what it holds is not comput
 """
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -101,7 +102,7 @@ def measured(scores: list, full: list, questions: list[dict]) -> np.ndarray:
 def table(found: dict[str, np.ndarray]) -> list[str]:
     """Means, and how much of the gap from the first run to full precision is closed, where that gap
     is over two standard errors; errors by drawing the same questions with replacement for all."""
-    full, base, *_ = found
+    full, base = ([*found] * 2)[:2]  # the same without a run
     n, random = len(found[full]), np.random.default_rng(0)
     draws = random.integers(n, size=(1000, n))
     titles = [f"{measure} | gap closed" for measure in MEASURES]
@@ -144,11 +145,15 @@ def score(args: argparse.Namespace) -> None:
             found = log_likelihoods(model, tokenizer, tasks[task])
             scores.setdefault(name, {})[task] = found
             train.write_json(args.out, scores)
-    for task, questions in tasks.items():
-        names = ["full precision", *args.runs]
+    found = {name: {} for name in ("full precision", *args.runs)}
+    for name, (task, questions) in itertools.product(found, tasks.items()):
         full = scores["full precision"][task]
-        found = {name: measured(scores[name][task], full, questions) for name in names}
-        print(f"\n### {task}\n", *table(found), sep="\n")
+        found[name][task] = measured(scores[name][task], full, questions)
+    for task in tasks:
+        print(f"\n### {task}\n", *table({name: of[task] for name, of in found.items()}), sep="\n")
+    if len(tasks) > 1:
+        together = {name: np.concatenate([*of.values()]) for name, of in found.items()}
+        print("\n### together\n", *table(together), sep="\n")
 
 
 def main(argv=None) -> None:
