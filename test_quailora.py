@@ -5248,6 +5248,15 @@ def test_the_runs_in_assets_are_gone_on_with(file, tmp_path, ran, monkeypatch):
     assert len(runs_in(tmp_path)) == len(held["runs"]) > 0 and not ran
 
 
+@pytest.mark.parametrize("options", ["--calibration-memory 1", "--sequential", "--method qa-lora"])
+def test_a_split_that_needs_all_h_is_refused_without(options, tmp_path, capsys):
+    """It would be the plain one under another name."""
+    arguments = ["--methods", "quailora-white", "--out", str(tmp_path), *options.split()]
+    with pytest.raises(SystemExit, match="2"):
+        compare.main(arguments)
+    assert "'quailora-white']: not with" in capsys.readouterr().err
+
+
 def test_another_split_is_the_same_function(llama_folder, tmp_path, ran):
     """Step 0 is that of the default, and training departs from there; LoRA+ starts as it does."""
     methods = ["quailora", *(f"quailora-{variant}" for variant in compare.VARIANTS)]
@@ -5393,17 +5402,29 @@ def test_tasks_go_on_and_score_nothing_twice(llama_folder, tmp_path, capsys, mon
     arguments += [str(file), "--out", str(out)]
     tasks.main([*arguments, f"start={run}/start"])
     first = json.loads(out.read_text())
-    monkeypatch.setattr(tasks, "log_likelihoods", lambda *_: [[0.0, 1.0], [0.0] * 4])
+    scored = []
+    record = lambda *_: scored.append(1) or [[0.0, 1.0], [0.0] * 4]  # noqa: E731
+    monkeypatch.setattr(tasks, "log_likelihoods", record)
     tasks.main([*arguments, f"start={run}/start", f"end={run}/adapter"])
     second, shown = json.loads(out.read_text()), table_rows(capsys.readouterr().out)
-    assert second == first | {"end": {"mine.jsonl": [[0.0, 1.0], [0.0] * 4]}}
-    assert first["start"] != first["full precision"]
+    assert len(first) == 2 and len(second) == 3 and first.items() < second.items()
+    (full, start), scored_now = first.values(), len(scored)
+    assert start != full and scored_now == 1
     assert [row[0] for row in shown[-3:]] == ["full precision", "start", "end"]
     other = shutil.copy(file, tmp_path / "other.jsonl")
     tasks.main([*arguments, str(other)])
     _, together = capsys.readouterr().out.split("### together")
     assert table_rows(together)[0][0] == "4 questions"
-    file.write_text('{"context": "Who?", "choices": ["I"], "answer": 1}')
-    with pytest.raises(SystemExit, match="2"):
-        tasks.main(arguments)
-    assert "mine.jsonl: list index out of range" in capsys.readouterr().err
+    file.write_text(file.read_text().replace("Where?", "When?"))
+    tasks.main(arguments)
+    assert len(scored) == scored_now + 1, "questions of another text are others"
+    for content, message in {
+        '{"context": "Who?", "choices": ["I"], "answer": 1}': "question 1 lacks",
+        '{"context": "", "choices": ["I"], "answer": 0}': "question 1 lacks",
+        "\n": "no questions",
+        "{": "mine.jsonl: Expecting",
+    }.items():
+        file.write_text(content)
+        with pytest.raises(SystemExit, match="2"):
+            tasks.main(arguments)
+        assert message in capsys.readouterr().err

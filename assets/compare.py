@@ -47,6 +47,7 @@ VARIANTS = {  # INIT-VARIANT: of the start's split into lora_A and lora_B, or of
 }
 NAMES = [*train.METHODS, *(f"qa-{init}" for init in train.METHODS)]
 NAMES += [f"{init}-{variant}" for init in train.METHODS for variant in VARIANTS]
+NAMES = [name for name in NAMES if name not in ("qlora-equal", "peft-equal", "peft-white")]
 VARIED = ("bits", "calibration_data", "init", "lr", "method", "rank", "seed", "steps", "variant")
 
 
@@ -77,6 +78,9 @@ def check_options(args: argparse.Namespace) -> None:
     require(min([1, *args.ranks]) > 0, f"--ranks {args.ranks}: expected at least 1")
     require(min([1, *args.sweep]) > 0, f"--sweep {args.sweep}: expected positive rates")
     require(args.bits <= 4, f"--bits {args.bits}: expected 2, 3 or 4; 8 and 16 are the references")
+    split = [name for name in args.methods if name.endswith(("-equal", "-white"))]
+    plain = args.calibration_memory == math.inf and not args.sequential and args.method == "lora"
+    require(plain or not split, f"{split}: not with qa-lora, --sequential, --calibration-memory")
     require("RANK" not in os.environ, "give this to python, not to torchrun: it starts processes")
 
 
@@ -241,9 +245,11 @@ class Runs:
         job.out = self.args.out / "runs" / re.sub(r"[^\w.-]", "_", name)
         start = job.out.with_name(job.out.name.replace(f"lr-{job.lr}", "start"))  # of any rate
         if (start / "results.json").exists() and not job.out.exists():
-            shutil.copytree(start, job.out)
+            begun = start.with_name(f".{job.out.name}")  # moved when it is complete
+            shutil.copytree(start, begun, dirs_exist_ok=True)
             result = load(start) | {"settings": train.settings(job)}
-            train.write_json(job.out / "results.json", {"runs": [result]})
+            train.write_json(begun / "results.json", {"runs": [result]})
+            begun.rename(job.out)
         in_process(title, run, job, file=file)
         result = load(job.out)
         self.done.append(result)

@@ -4,16 +4,16 @@
     python assets/tasks.py piqa.jsonl arc_easy.jsonl --out tasks.json \\
       QLoRA=runs/qlora/start QuAILoRA=runs/mine/start tuned=runs/mine/adapter
 
-A line of a file is {"context": ..., "choices": [...], "answer": index}. A run is the folder of an
-adapter, with base/ beside it if it has a base of its own. The model in full precision goes first,
-and the first run is what others are compared with. Scored as lm-eval does, by a choice's
-log-likelihood after the context. --out keeps these: what it holds is not computed again.
+A line of a file is {"context": ..., "choices": [...], "answer": index}. A run is the folder that
+save_adapter wrote, with base/ beside it if it has a base of its own. The model in full precision
+goes first, and the first run is what others are compared with. Scored as lm-eval does, by a
+choice's log-likelihood after the context. --out keeps these, to be computed once.
 """
 
 import argparse
-import itertools
 import json
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +44,12 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def read_questions(file: Path, limit: int | None) -> list[dict]:
     with train.naming(f"{file}"):
-        lines = file.read_text("utf-8").splitlines()[:limit]
-        questions = [json.loads(line) for line in lines]
-        for question in questions:
-            question["choices"][question["answer"]], question["context"]
+        lines = [line for line in file.read_text("utf-8").split("\n") if line.strip()]
+        questions = [json.loads(line) for line in lines[:limit]]
+        train.require(questions, "no questions")
+        for i, q in enumerate(questions, 1):
+            whole = q["context"] and all(q["choices"]) and 0 <= q["answer"] < len(q["choices"])
+            train.require(whole, f"question {i} lacks a context, a choice, or the answer's")
     return questions
 
 
@@ -62,7 +64,6 @@ def log_likelihoods(model, tokenizer, questions: list[dict], tokens=512) -> list
     import torch
 
     model.eval()
-    body, head = model.base_model, model.get_output_embeddings()
     device = next(model.parameters()).device
     pairs = [(i, c) for i, q in enumerate(questions) for c in range(len(q["choices"]))]
     texts = {(i, c): (questions[i]["context"], questions[i]["choices"][c]) for i, c in pairs}
@@ -75,11 +76,11 @@ def log_likelihoods(model, tokenizer, questions: list[dict], tokens=512) -> list
             batch = [left.pop() for _ in range(min(len(left), max(1, tokens // longest)))]
             ids = [torch.tensor(rows[pair][0]) for pair in batch]
             padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
-            hidden = body(input_ids=padded, use_cache=False).last_hidden_state
-            for pair, x, own in zip(batch, hidden, ids, strict=True):
+            logits = model(input_ids=padded, use_cache=False).logits
+            for pair, x, own in zip(batch, logits, ids, strict=True):
                 choice = own[-rows[pair][1] :].to(device)  # read at the position before each
-                logits = head(x[len(own) - len(choice) - 1 : len(own) - 1]).float()
-                likelihood = logits.log_softmax(-1).gather(1, choice[:, None]).sum()
+                x = x[len(own) - len(choice) - 1 : len(own) - 1].float()
+                likelihood = x.log_softmax(-1).gather(1, choice[:, None]).sum()
                 found[pair[0]][pair[1]] = likelihood.item()
             bar.update(len(batch))
     return found
@@ -130,30 +131,31 @@ def table(found: dict[str, np.ndarray]) -> list[str]:
 def score(args: argparse.Namespace) -> None:
     import quailora
 
-    tasks = {file.name: read_questions(file, args.limit) for file in args.files}
-    scores = json.loads(args.out.read_text()) if args.out.exists() else {}
-    for name, folder in {"full precision": None, **args.runs}.items():
-        missing = [t for t in tasks if len(scores.get(name, {}).get(t, ())) != len(tasks[t])]
-        if not missing:
-            continue
-        model, tokenizer = train.load_model(args.model)
-        if folder:
-            base = Path(folder).parent / "base"
-            quailora.load_adapter(model, folder, base if base.exists() else None)
-        for task in missing:
-            print(f"\n{name}, {task}", flush=True)
-            found = log_likelihoods(model, tokenizer, tasks[task])
-            scores.setdefault(name, {})[task] = found
-            train.write_json(args.out, scores)
+    train.require(args.files, "give a file of questions")
+    tasks = {str(file): read_questions(file, args.limit) for file in args.files}
+    known = json.loads(args.out.read_text()) if args.out.exists() else {}
     found = {name: {} for name in ("full precision", *args.runs)}
-    for name, (task, questions) in itertools.product(found, tasks.items()):
-        full = scores["full precision"][task]
-        found[name][task] = measured(scores[name][task], full, questions)
+    for name, scores in found.items():
+        folder, model = args.runs.get(name), None
+        for task, questions in tasks.items():
+            key = f"{args.model}, {folder}, {zlib.crc32(json.dumps(questions).encode())}"
+            if key not in known:
+                print(f"\n{name}, {task}", flush=True)
+                if model is None:
+                    model, tokenizer = train.load_model(args.model)
+                    base = Path(folder or "").parent / "base"
+                    if folder:
+                        quailora.load_adapter(model, folder, base if base.exists() else None)
+                known[key] = log_likelihoods(model, tokenizer, questions)
+                train.write_json(args.out, known)
+            full = known[key] if name == "full precision" else found["full precision"][task][0]
+            scores[task] = known[key], measured(known[key], full, questions)
     for task in tasks:
-        print(f"\n### {task}\n", *table({name: of[task] for name, of in found.items()}), sep="\n")
+        rows = {name: scores[task][1] for name, scores in found.items()}
+        print(f"\n### {task}\n", *table(rows), sep="\n")
     if len(tasks) > 1:
-        together = {name: np.concatenate([*of.values()]) for name, of in found.items()}
-        print("\n### together\n", *table(together), sep="\n")
+        rows = {name: np.concatenate([x for _, x in of.values()]) for name, of in found.items()}
+        print("\n### together\n", *table(rows), sep="\n")
 
 
 def main(argv=None) -> None:
