@@ -163,7 +163,11 @@ def _balanced(A, B):
 
 
 def _float(M):
-    return M.to(torch.promote_types(M.dtype, torch.float32))  # float64 stays
+    return M.to(_wide(M.dtype))
+
+
+def _wide(dtype):
+    return torch.promote_types(dtype, torch.float32)  # float64 stays
 
 
 def _check(W, H=None, rank=1, name="", alpha=1, init="svd", steps=0):
@@ -457,7 +461,7 @@ class LoRALinear(nn.Module):
     def merged_weight(self):
         """Q + scaling * lora_B lora_A, (out, in), in the dtype of the factors; without them Q."""
         if not self.rank:
-            return self.base.dequantize(torch.promote_types(self.base.dtype, torch.float32))
+            return self.base.dequantize(_wide(self.base.dtype))
         return self.base.dequantize(self.lora_A.dtype) + self.update()
 
     def merged(self):
@@ -682,7 +686,7 @@ def _correlations(model, layers, batches, memory, context):
         if reader != name:
             return
         x = _tokens(x, masks[decodes(layer, x)])
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = _wide(x.dtype)
         need = x.shape[1] ** 2 * dtype.itemsize
         if name not in H and sum(M.nbytes for M in H.values()) + need <= memory:
             H[name] = x.new_zeros(x.shape[1], x.shape[1], dtype=dtype)
@@ -1055,8 +1059,9 @@ def load_base(model, folder):
             ours, theirs = tuple(own[key].shape), tuple(x.shape)
             raise ValueError(f"{key} is {theirs} in {folder} and {ours} in the model")
     filled = {own[key].data_ptr() for key in own.keys() & tensors.keys()}  # tied ones too
+    replaced = tuple(f"{name}." for name in found)
     for key, x in own.items():
-        if x.data_ptr() not in filled and not key.startswith(tuple(f"{name}." for name in found)):
+        if x.data_ptr() not in filled and not key.startswith(replaced):
             raise ValueError(f"{folder} holds no {key}")
     for name, base in found.items():  # now that all fit
         layer = old = modules[name]

@@ -244,6 +244,12 @@ def sequences(args: argparse.Namespace, tokenizer, model) -> list:
     return parts
 
 
+def load_adapter(model, folder: Path) -> None:
+    """What a run left in `folder`, on the base beside it if it has one of its own."""
+    base = folder.parent / "base"
+    quailora.load_adapter(model, folder, base if base.exists() else None)
+
+
 def held(out: Path) -> list[Path]:  # by earlier runs; runs/ is of assets/compare.py
     names = ("results.json", "start", "base", "adapter", "merged", "runs", "checkpoint-*")
     return [path for name in names for path in out.glob(name)]
@@ -436,8 +442,7 @@ def run(args: argparse.Namespace, H=None, full_precision=None) -> dict:
         return result
     job = Job(args, result)
     if "perplexity" in result:  # resumed
-        base = args.out / "base"
-        quailora.load_adapter(job.model, args.out / "start", base if base.exists() else None)
+        load_adapter(job.model, args.out / "start")
     else:
         job.start(H, full_precision)
     with job.phase("train"):

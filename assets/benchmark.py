@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -102,14 +102,14 @@ def load_smollm2(**options):
     return AutoModelForCausalLM.from_pretrained(train.smollm2(), dtype=torch.float32, **options)
 
 
-def peft_model():
+def peft_model(load=load_smollm2, **more):
     """That of a QLoRA user: loaded by transformers, rounded by bitsandbytes, adapted by peft."""
     from bitsandbytes.nn import Linear4bit
     from peft import LoraConfig, get_peft_model
     from transformers import BitsAndBytesConfig
 
-    nf4 = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    model = load_smollm2(quantization_config=BitsAndBytesConfig(load_in_4bit=True, **nf4))
+    nf4 = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, **more)
+    model = load(quantization_config=BitsAndBytesConfig(load_in_4bit=True, **nf4))
     for module in model.modules():
         if isinstance(module, Linear4bit):  # its bfloat16 products for CPUs cannot be trained
             module.support_avx512bf16_for_cpu = False
@@ -122,13 +122,19 @@ def training_step(kind: str):
     if kind != PEFT:
         quailora.apply_quailora(model, None, RANK, init="qlora")
     model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2e-4)
     ids = torch.randint(49152, (4, 128), generator=torch.manual_seed(0))
     kernels = None if kind == ALONE else QuantizedWeight.kernels
 
+    return step_of(model, ids, lambda: mock.patch.object(QuantizedWeight, "kernels", kernels))
+
+
+def step_of(model, ids, context):
+    """A step of AdamW, its forward and backward pass in context()."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-4)
+
     def step():
-        with mock.patch.object(QuantizedWeight, "kernels", kernels):
+        with context():
             model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -376,14 +382,11 @@ def device_calibration(device, size, tokens):
 
     alone()
     least, _, _ = measured_on(device, alone)
-    first = next(iter(quailora.linear_layers(model)))
-    skip = [name for name in quailora.linear_layers(model) if name != first]
-    quailora.input_correlations(model, batches[:1], skip=skip)  # warm-up
-    # H of all layers of a block at a time, as memory= does: 16 GB
-    began = synchronized(device)
-    done, passes = {}, 0
-    while len(done) < len(skip) + 1:
-        done |= dict.fromkeys(quailora.input_correlations(model, batches, list(done), 16e9))
+    layers = quailora.linear_layers(model)
+    quailora.input_correlations(model, batches[:1], skip=[*layers][1:])  # warm-up
+    done, passes, began = set(), 0, synchronized(device)
+    while len(done) < len(layers):
+        done |= quailora.input_correlations(model, batches, done, memory=16e9).keys()
         passes += 1
     seconds, count = (synchronized(device) - began) / passes, batches[0].shape[1] * 4 * len(batches)
     yield {
@@ -397,12 +400,7 @@ def device_start(device, size, tokens):
     batches = random_tokens(device, *tokens).split(4)
     model = random_llama(device, *size)
     held = sum(p.nbytes for p in model.parameters()) / 1e9
-    seconds, peak, rows = measured_on(
-        device, quailora.apply_quailora, model, batches, RANK, memory=16e9
-    )
-    started = sum(row["seconds"] for row in rows)
-    title = {"a start of the whole model": "apply_quailora", "model, GB": held}
-    yield title | {"seconds": seconds, "of these layers": started, "peak GB beyond": peak}
+    yield whole_start_row(device, quailora.apply_quailora, model, batches, held)
     del model
     if missing := [name for name in ("bitsandbytes", "peft") if not find_spec(name)]:
         print(f"skipped, for want of {', '.join(missing)}: initialize_peft")
@@ -411,23 +409,22 @@ def device_start(device, size, tokens):
         random_llama(device, *size).save_pretrained(folder)
         model = adapted(folder, device)
         held = torch.cuda.memory_allocated() / 1e9 if device.type == "cuda" else math.nan
-        seconds, peak, rows = measured_on(
-            device, quailora.initialize_peft, model, batches, memory=16e9
-        )
+        yield whole_start_row(device, quailora.initialize_peft, model, batches, held)
+
+
+def whole_start_row(device, start, model, batches, held: float) -> dict:
+    seconds, peak, rows = measured_on(device, start, model, batches, memory=16e9)
+    row = {"a start of the whole model": start.__name__, "model, GB": held, "seconds": seconds}
     started = sum(row["seconds"] for row in rows)
-    title = {"a start of the whole model": "initialize_peft", "model, GB": held}
-    yield title | {"seconds": seconds, "of these layers": started, "peak GB beyond": peak}
+    return row | {"of these layers": started, "peak GB beyond": peak}
 
 
 def adapted(folder, device):
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
-    nf4 = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, **nf4, bnb_4bit_compute_dtype=torch.bfloat16)
-    options = dict(quantization_config=nf4, dtype=torch.bfloat16, device_map={"": device})
-    base = AutoModelForCausalLM.from_pretrained(folder, **options)
-    return get_peft_model(base, LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear"))
+    load, dtype = AutoModelForCausalLM.from_pretrained, torch.bfloat16
+    load = partial(load, folder, dtype=dtype, device_map={"": device})
+    return peft_model(load, bnb_4bit_compute_dtype=dtype)
 
 
 def device_step(device, size, tokens):
@@ -444,21 +441,14 @@ def device_step(device, size, tokens):
             else:
                 print(f"skipped, for want of bitsandbytes or peft: {kind}")
                 return
-            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-            model.train()
-
-            def step(model=model, optimizer=optimizer):
-                with torch.autocast(device.type, torch.bfloat16):
-                    model(input_ids=ids, labels=ids).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-
+            in_16_bits = partial(torch.autocast, device.type, torch.bfloat16)
+            step = step_of(model.train(), ids, in_16_bits)
             step()
             turns = [measured_on(device, step)[:2] for _ in range(3)]
             seconds, peak = (median(column) for column in zip(*turns, strict=True))
             row = {f"a training step, {tokens[0]} x {tokens[1]}": kind, "seconds": seconds}
             yield row | {"peak GB beyond the model": peak}
-            del model, optimizer, step
+            del model, step
 
 
 def device_costs(device) -> dict:

@@ -25,10 +25,10 @@ import train  # noqa: E402
 
 def written(args) -> Path:
     """The GGUF of a run; that of a LoRA adapter is made here."""
-    file, base = args.out / "merged/model.gguf", args.out / "base"
+    file = args.out / "merged/model.gguf"
     if args.method == "lora":
         model, _ = train.load_model(args.model)
-        quailora.load_adapter(model, args.out / "adapter", base if base.exists() else None)
+        train.load_adapter(model, args.out / "adapter")
         quailora.merge(model)
         quailora.apply_quailora(model, None, rank=1, bits=4, init="qlora", group_size=32)
         file.parent.mkdir(exist_ok=True)

@@ -129,8 +129,6 @@ def table(found: dict[str, np.ndarray]) -> list[str]:
 
 
 def score(args: argparse.Namespace) -> None:
-    import quailora
-
     train.require(args.files, "give a file of questions")
     tasks = {str(file): read_questions(file, args.limit) for file in args.files}
     known = json.loads(args.out.read_text()) if args.out.exists() else {}
@@ -143,9 +141,8 @@ def score(args: argparse.Namespace) -> None:
                 print(f"\n{name}, {task}", flush=True)
                 if model is None:
                     model, tokenizer = train.load_model(args.model)
-                    base = Path(folder or "").parent / "base"
                     if folder:
-                        quailora.load_adapter(model, folder, base if base.exists() else None)
+                        train.load_adapter(model, Path(folder))
                 known[key] = log_likelihoods(model, tokenizer, questions)
                 train.write_json(args.out, known)
             full = known[key] if name == "full precision" else found["full precision"][task][0]
