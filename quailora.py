@@ -41,12 +41,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
+from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.linalg import pinv, qr, svd
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 # --------------------------------------------------------------------- 1  The paper: E, H -> A, B
@@ -182,7 +183,7 @@ def _check(W, H=None, rank=1, name="", alpha=1, init="svd", steps=0):
     if len(shape) != 2 or not W.is_floating_point() or 0 in shape:
         raise ValueError(f"expected a 2-D float weight{of}, got {W.dtype} of shape {shape}")
     if type(W) is Tensor and W.is_meta:
-        raise ValueError(f"the weight{of} is not in memory: load the model without offloading")
+        raise ValueError(f"the weight{of} is on the meta device: load it")
     if H is not None and H.shape != (shape[1], shape[1]):
         raise ValueError(f"H{of} must be {(shape[1], shape[1])}, got {tuple(H.shape)}")
     if not 1 <= rank <= min(shape):
@@ -233,7 +234,7 @@ class QuantizedWeight(nn.Module):
     `absmax`, the float32 scale of each block or row, or with double quantization its uint8 code,
     with `nested_absmax`, a float32 for 256 of them, and `offset`, a float32."""
 
-    kernels, format, group_size = None, "nf", None  # for sections 6, 5 and 8
+    kernels, format, group_size = None, "nf", None  # for sections 7, 6 and 9
 
     def __init__(self, shape, dtype, bits, block_size, **buffers):
         super().__init__()
@@ -510,38 +511,50 @@ FACTORS = (".lora_A", ".lora_B")
 LAYER_OF = {}  # an option of the rounding -> the subclass of LoRALinear that it is for
 
 
+@torch.no_grad()
 def apply_quailora(
     model: nn.Module, batches: Iterable | None, rank=64, alpha=16, bits=4, init="quailora",
-    steps=20, rslora=False, skip=(), H=None, memory=math.inf, floor=False, progress=list, **layout,
+    steps=20, rslora=False, skip=(), H=None, floor=False, progress=list, **layout,
 ) -> list[dict]:  # fmt: skip
     """Replace the `linear_layers` by LoRALinears, in place, and freeze all but their adapters.
 
     batches: calibration data as for `input_correlations`, or None where `H` holds what that
-    returned, or `init`, one of INITS, needs none. bits, layout (block_size, double_quant): as for
-    `quantize`. memory: bytes that all H together may take; layers beyond it are done in further
-    passes over `batches`. progress wraps the list of names: tqdm, say.
+    returned, or `init`, one of INITS, needs none. They go through the model block by block, so that
+    the H of one block are there at once. bits, layout (block_size, double_quant): as for
+    `quantize`. progress wraps the list of blocks, or of layers without batches: tqdm, say.
+
+    A model that accelerate has offloaded to disk (`device_map` of transformers) is read a layer at
+    a time; what is returned is in memory.
 
     Returns a dict for each layer: `name`; `shape`, (out, in); `calibrated`, whether X is data, or
     X X^T the identity; `initialized`, || (W - (Q + A B^T)) X || over || (W - quantize(W)) X ||;
     with floor=True `floor`, the least of that for this Q and rank (slow on large layers);
     `seconds`, without these errors. Raises ValueError, with the model as it was, for options out
-    of range, an H that does not fit, and NaN or inf in a weight."""
+    of range, an H that does not fit, and NaN or inf in a weight; with the blocks before it replaced
+    for NaN or inf in what a layer reads."""
     options = rank, alpha, bits, init, steps, skip, H, rslora, floor
     layers, start = prepared(model, *options, **layout)
-    calibrated = _calibrated(init, batches, H)
-    names, done = list(layers), {}
+    calibrated, done = _calibrated(init, batches, H), dict.fromkeys(layers)
 
     def start_layer(name, H):
-        return start(layers[name], H)
+        layer = layers.pop(name)  # so that its weight goes
+        with _in_memory(layer):
+            done[name] = start(layer, H)
+        _replace(model, layer, done[name])
 
-    data = batches, H, memory, progress, _evaluating
-    for name, layer, last in _in_passes(_body(model), layers, start_layer, *data):
-        done[name] = layer
-        if last:  # full precision can go
-            for ready in done.keys() & layers.keys():
-                _replace(model, layers.pop(ready), done[ready])
+    if H is not None or batches is None:
+        for name in progress([*layers]):
+            start_layer(name, H and H[name])
+    else:
+        with _evaluating(model) as stack:
+            walk = _Walk(_body(model), batches, stack)
+            for names in walk.parts(layers, progress):
+                found = _correlations({name: layers[name] for name in names}, walk)
+                for name in names:
+                    start_layer(name, found.pop(name))
+    _load_offloaded(model)
     _freeze_base(model)
-    return [_row(name, done[name], calibrated, done[name].report) for name in names]
+    return [_row(name, layer, calibrated, layer.report) for name, layer in done.items()]
 
 
 def _calibrated(init, batches, H):
@@ -550,21 +563,6 @@ def _calibrated(init, batches, H):
     if INITS[init].needs_data and not calibrated:
         raise ValueError(f"init {init!r} needs calibration data: batches or H")
     return calibrated
-
-
-def _in_passes(model, layers, start, batches, H, memory, progress, context):
-    """name, start(name, H of it), whether this is the last pass, of each layer; H as given, or
-    gathered in as many passes over `batches` as `memory` makes necessary, or None."""
-    left = dict(layers)
-    while left:
-        found = dict(H or dict.fromkeys(left))
-        if H is None and batches is not None:
-            found = _correlations(model, left, batches, memory, context)
-        names = [name for name in left if name in found]
-        last = len(names) == len(left)
-        for name in progress(names):
-            del left[name]
-            yield name, start(name, found.pop(name)), last
 
 
 def _row(name, layer, calibrated, report):
@@ -636,10 +634,11 @@ def prepared(
     _warn_of_others(model, [*layers.values(), *_skipped(model, skip)])
     layer_class = next((LAYER_OF[key] for key in layout if key in LAYER_OF), LoRALinear)
     for name, layer in layers.items():
-        W = _weight(layer)
         if H is not None and name not in H:
             raise ValueError(f"H has nothing for {name}")
-        _check(W, H and H[name], rank, name, alpha, init, steps)
+        with _in_memory(layer):
+            W = _weight(layer)
+            _check(W, H and H[name], rank, name, alpha, init, steps)
         layer_class.rounding(torch.zeros(1, W.shape[1]), bits, **layout)  # refuses other layouts
     options = dict(rank=rank, alpha=alpha, bits=bits, init=init, steps=steps)
     return layers, partial(layer_class.from_linear, **options, rslora=rslora, floor=floor, **layout)
@@ -658,100 +657,101 @@ def _warn_of_others(model, layers):
         warnings.warn(f"{share:.0%} of the weights stay in full precision: {names}", stacklevel=4)
 
 
-def input_correlations(model: nn.Module, batches: Iterable, skip=(), memory=math.inf) -> dict:
+def _replace(model, old, new):
+    """In all places where `old` is registered."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old:
+            model.set_submodule(name, new.train(old.training))
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Turn every LoRALinear back into the layer it replaced, with its `merged_weight`, in place:
+    `merge(model).save_pretrained(folder)` is a full-precision checkpoint. A QALoRALinear stays,
+    merged into its zero points."""
+    for layer in [m for m in model.modules() if isinstance(m, LoRALinear)]:
+        _replace(model, layer, layer.merged())
+    return model
+
+
+def _in_memory(layer):
+    """A context in which a layer that accelerate has offloaded has its weights."""
+    if not hasattr(layer, "_hf_hook"):
+        return contextlib.nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(layer)
+
+
+def _load_offloaded(model):
+    """In memory what accelerate has offloaded."""
+    offloaded = [m for m in model.modules() if hasattr(m, "_hf_hook") and _is_meta(m)]
+    for m in offloaded:
+        from accelerate.hooks import remove_hook_from_module
+
+        with _in_memory(m):
+            tensors = {name: x.data.clone() for name, x in m.named_parameters(recurse=False)}
+        remove_hook_from_module(m)
+        for name, x in tensors.items():
+            setattr(m, name, nn.Parameter(x, requires_grad=False))
+    if offloaded:
+        model.tie_weights()
+        vars(model).pop("hf_device_map", None)
+
+
+def _is_meta(module):
+    return any(p.is_meta for p in module.parameters(recurse=False))
+
+
+# ----------------------------------------------------- 5  Calibration: batches -> H, block by block
+
+
+def input_correlations(model: nn.Module, batches: Iterable, skip=()) -> dict[str, Tensor]:
     """name -> H = X X^T, (in, in) in float32 or float64, of each of `linear_layers`, over all of
     `batches`, and over all processes of torch.distributed; one H for all that read the same tensor.
-    Layers whose H do not fit in `memory` bytes, in the order of calls, are left for another pass.
+    All H are there at once, of a LLaMA of 7B 22 GB: `apply_quailora` with batches needs less.
 
     A batch is what the model takes: keyword arguments as a mapping (`labels` are dropped), a tuple,
     or a tensor. Positions where a 2-D `attention_mask` is 0 do not count. The model runs in eval
-    mode and without its head. Raises ValueError if a layer reads nothing, NaN or inf, or one H is
-    beyond `memory`; RuntimeError if two layers read the same tensor in some calls only."""
-    return _correlations(_body(model), linear_layers(model, skip), batches, memory, _evaluating)
+    mode and without its head. Raises ValueError if a layer reads nothing, NaN or inf; RuntimeError
+    if two layers read the same tensor in some calls only."""
+    with _evaluating(model) as stack:
+        return _correlations(linear_layers(model, skip), _Walk(_body(model), batches, stack, 0))
 
 
 @torch.no_grad()
-def _correlations(model, layers, batches, memory, context):
-    """`input_correlations` of these layers, with the model in context(model)."""
-    H, masks = {}, [None, None]
+def _correlations(layers, walk):
+    """`input_correlations` of these layers, in the present part of the walk."""
+    H = {}
     readers = {name: [] for name in layers}  # for each call, the first reader of the same tensor:
     first = WeakIdKeyDictionary()  # q_proj, which k_proj, v_proj share it with. Tensor -> its
     # version, which a write to it changes -> layer
 
     def read(name, layer, args):
         x = args[0]
-        version = 0 if x.is_inference() else x._version
-        reader = first.setdefault(x, {}).setdefault(version, name)
+        reader = first.setdefault(x, {}).setdefault(_version(x), name)
         readers[name].append(reader)
-        if reader != name:
-            return
-        x = _tokens(x, masks[decodes(layer, x)])
-        dtype = _wide(x.dtype)
-        need = x.shape[1] ** 2 * dtype.itemsize
-        if name not in H and sum(M.nbytes for M in H.values()) + need <= memory:
-            H[name] = x.new_zeros(x.shape[1], x.shape[1], dtype=dtype)
-        if name in H:
+        if reader == name:
+            x = walk.tokens(layer, x)
+            if name not in H:
+                H[name] = x.new_zeros(x.shape[1], x.shape[1], dtype=_wide(x.dtype))
             _add_products(H[name], x)
-        elif not H:
-            raise ValueError(f"the H of {name} takes {need} bytes, more than {memory:.0f}")
 
-    with context(model) as stack:
+    with contextlib.ExitStack() as stack:
         for name, layer in layers.items():
             stack.enter_context(layer.register_forward_pre_hook(partial(read, name)))
-        decodes = _decoding(model, stack)
-        for batch in batches:
-            args, kwargs, masks = _arguments(batch, model)
-            model(*args, **kwargs)
+        for i in range(len(walk.calls)):
+            walk.run(i)
     for name, found in readers.items():
         if not found:
-            raise ValueError(f"{name} read nothing in calibration: is a batch there, in each pass?")
+            raise ValueError(f"{name} read nothing in calibration: is there a batch?")
         if found != found[:1] * len(readers[found[0]]):  # the same one, as often as it was called
             raise RuntimeError(f"{name} reads the same tensor as {found[0]} in some calls only")
     H = {name: _summed(H[name], name) for name in layers if name in H}  # everywhere in one order
-    return {name: H[found[0]] for name, found in readers.items() if found[0] in H}
+    return {name: H[found[0]] for name, found in readers.items()}
 
 
-def _decoding(model, stack):
-    """layer, x -> whether x, which it reads, has the positions of a decoder, and not those of the
-    encoder beside it; as long as `stack` is open."""
-    if not _has_encoder(model):
-        return lambda layer, x: False
-    encoder, encoded = model.get_encoder(), [None]
-
-    def encode(_, args, output):
-        encoded[0] = output[0]
-
-    stack.enter_context(encoder.register_forward_hook(encode))
-    inside = {*encoder.modules()}
-    return lambda layer, x: layer not in inside and x is not encoded[0]
-
-
-def _has_encoder(model):
-    return getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-
-
-def _arguments(batch, model):
-    """What a model is called with, and which positions count, (batch * positions,), or None for
-    all, of its inputs and of a decoder that reads an encoder."""
-    if not isinstance(batch, Mapping | tuple | list | Tensor):
-        raise ValueError(f"expected a list of batches, found {type(batch).__name__} in it")
-    device = next(model.parameters()).device
-    batch = dict(batch) if isinstance(batch, Mapping) else batch
-    batch = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
-    if not isinstance(batch, dict):
-        return batch if isinstance(batch, tuple | list) else [batch], {}, [None, None]
-    labels = batch.pop("labels", None) is not None and _has_encoder(model)
-    if labels and not batch.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
-        raise ValueError("labels are dropped in calibration: give decoder_input_ids too")
-    masks = [batch.get(key) for key in ("attention_mask", "decoder_attention_mask")]
-    masks = [None if m is None or m.ndim != 2 or m.all() else m.bool().view(-1) for m in masks]
-    return (), batch, masks
-
-
-def _tokens(x, mask):
-    """What a layer read, (..., in), as (tokens, in), where the mask is set."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if mask is None or len(mask) != len(x) else x[mask.to(x.device)]
+def _version(x):
+    return 0 if x.is_inference() else x._version
 
 
 @_exactly()
@@ -774,12 +774,181 @@ def _summed(H, name):
     return H
 
 
+class _Stop(Exception):
+    """Ends a run of the model before its end."""
+
+
+class _Walk:
+    """The way of the batches through a model, part by part: its blocks, each on the hidden states
+    that the one before it made, then what is outside of them. Each of `streams` has hidden states
+    of its own. With streams = 0, or if blocks do more than hand those on, all is one part."""
+
+    def __init__(self, model, batches, stack, streams=1):
+        self.model, self.decodes = model, _decoding(model, stack)
+        self.calls = [_arguments(batch, model) for batch in batches]  # args, kwargs, masks
+        self.blocks = _blocks(model) if streams else []
+        self.at, self.stream = 0, 0  # the present part, and stream
+        self.block_calls = []  # batch, block -> args, kwargs
+        self.hidden = []  # batch, stream -> what the present block reads
+        try:
+            for i in range(len(self.calls) if self.blocks else 0):
+                x, calls = self._recorded(i)
+                self.block_calls.append(calls)
+                self.hidden.append([x] * streams)
+        except _Stop:
+            self.blocks = []
+        self.made = [[None] * streams for _ in self.calls]  # and what it returns
+
+    def _recorded(self, i):
+        """What the first block reads in batch i, and what else each block is called with. In the
+        first batch they run, to see what they return; later each hands on what it reads: nothing
+        else depends on that, or there is a _Stop."""
+        read, calls, before = None, [], None  # before: what the block before returned
+
+        def record(k, forward, *args, **kwargs):
+            nonlocal read, before
+            if k != len(calls) or not args or before and not _hands_on(*before, args, kwargs):
+                raise _Stop
+            read = read if calls else args[0]
+            calls.append((args[1:], kwargs))
+            out = self._as_returned(args[0]) if i else forward(*args, **kwargs)
+            self.in_tuple = isinstance(out, tuple)
+            self.returned = out if self.in_tuple else (out,)
+            if self.returned[0].shape != args[0].shape:
+                raise _Stop
+            before = self.returned, _version(self.returned[0])
+            return out
+
+        self._run_model(i, record)
+        if len(calls) < len(self.blocks):
+            raise _Stop
+        return read, calls
+
+    def _as_returned(self, x):
+        return (x, *self.returned[1:]) if self.in_tuple else x
+
+    def _run_model(self, i, call):
+        """The model on batch i, with call(k, forward, ...) in place of block k."""
+        args, kwargs, self.masks = self.calls[i]
+        with contextlib.ExitStack() as stack:
+            for k, block in enumerate(self.blocks):
+                _patch(stack, block, partial(call, k, block.forward))
+            self.model(*args, **kwargs)
+
+    def run(self, i, stream=0):
+        """The present part on batch i."""
+        self.stream = stream
+        if self.at == len(self.blocks):
+            last = len(self.blocks) - 1
+
+            def call(k, forward, x, *args, **kwargs):
+                return self._as_returned(self.hidden[i][stream] if k == last else x)
+
+            return self._run_model(i, call)
+        (args, kwargs), self.masks = self.block_calls[i][self.at], self.calls[i][2]
+        x = self.hidden[i][stream].clone()  # who writes to it does not write to ours
+        out = self.blocks[self.at](x, *args, **kwargs)
+        self.made[i][stream] = out[0] if isinstance(out, tuple) else out
+
+    def parts(self, layers, progress=list):
+        """In turn the names of those of `layers` that each part has. Its user runs it on all
+        batches, and what the last run returns is what the next block reads."""
+        inside = {m for block in self.blocks for m in block.modules()}
+        outside = [name for name, layer in layers.items() if layer not in inside]
+        del inside  # it would keep them all
+        parts = [*self.blocks, None] if outside else self.blocks
+        for at, block in enumerate(progress(parts)):
+            self.at = at
+            yield outside if block is None else _names_inside(block, layers)
+            self.hidden, self.made = self.made, self.hidden
+
+    def tokens(self, layer, x):
+        """What `layer` reads, (..., in), as (tokens, in), without what the mask leaves out."""
+        mask = self.masks[self.decodes(layer, x)]
+        x = x.reshape(-1, x.shape[-1])
+        return x if mask is None or len(mask) != len(x) else x[mask.to(x.device)]
+
+
+def _names_inside(block, layers):
+    modules = {*block.modules()}
+    return [name for name, layer in layers.items() if layer in modules]
+
+
+def _hands_on(returned, version, args, kwargs):
+    """Whether a block with these arguments reads the first tensor that the block before returned,
+    as it was then, and nothing else of it."""
+    others = {id(x) for x in tree_leaves((args[1:], kwargs)) if isinstance(x, Tensor)}
+    same = args[0] is returned[0] and _version(args[0]) == version
+    return same and others.isdisjoint(map(id, returned))
+
+
+def _blocks(model):
+    """The layers of a transformer: of its lists of modules the one with the most weights."""
+
+    def size(blocks):
+        return sum(p.numel() for p in blocks.parameters())
+
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return [] if _has_encoder(model) else [*max(lists, key=size, default=())]
+
+
+def _patch(stack, module, forward):
+    """module.forward = forward, until `stack` is closed."""
+    if "forward" in vars(module):  # of accelerate's, say
+        stack.callback(setattr, module, "forward", module.forward)
+    else:
+        stack.callback(delattr, module, "forward")
+    module.forward = forward
+
+
+def _arguments(batch, model):
+    """What a model is called with, and which positions count, (batch * positions,), or None for
+    all, of its inputs and of a decoder that reads an encoder."""
+    if not isinstance(batch, Mapping | tuple | list | Tensor):
+        raise ValueError(f"expected a list of batches, found {type(batch).__name__} in it")
+    device = next((p.device for p in model.parameters() if not p.is_meta), "cpu")
+    batch = dict(batch) if isinstance(batch, Mapping) else batch
+    batch = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
+    if not isinstance(batch, dict):
+        return batch if isinstance(batch, tuple | list) else [batch], {}, [None, None]
+    labels = batch.pop("labels", None) is not None and _has_encoder(model)
+    if labels and not batch.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
+        raise ValueError("labels are dropped in calibration: give decoder_input_ids too")
+    masks = [batch.get(key) for key in ("attention_mask", "decoder_attention_mask")]
+    masks = [None if m is None or m.ndim != 2 or m.all() else m.bool().view(-1) for m in masks]
+    return (), batch, masks
+
+
+def _has_encoder(model):
+    return getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+
+
+def _decoding(model, stack):
+    """layer, x -> whether x, which it reads, has the positions of a decoder, and not those of the
+    encoder beside it; as long as `stack` is open."""
+    if not _has_encoder(model):
+        return lambda layer, x: False
+    encoder, encoded = model.get_encoder(), [None]
+
+    def encode(_, args, output):
+        encoded[0] = output[0]
+
+    stack.enter_context(encoder.register_forward_hook(encode))
+    inside = {*encoder.modules()}
+    return lambda layer, x: layer not in inside and x is not encoded[0]
+
+
 def _evaluating(model):
     """A context in which the model is in eval mode, and keeps no keys and values."""
-    stack = contextlib.ExitStack()
-    for module in model.modules():
-        stack.callback(setattr, module, "training", module.training)
-        config = getattr(module, "config", None)
+    stack, modes = contextlib.ExitStack(), {}  # by names, as layers may be replaced in between
+
+    def restore():
+        for name, module in model.named_modules():
+            module.training = modes.get(name, modes.get(name.rpartition(".")[0], True))
+
+    stack.callback(restore)
+    for name, module in model.named_modules():
+        modes[name], config = module.training, getattr(module, "config", None)
         if getattr(config, "use_cache", False):
             stack.callback(setattr, config, "use_cache", True)
             config.use_cache = False
@@ -788,22 +957,6 @@ def _evaluating(model):
     stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
     torch.backends.mha.set_fastpath_enabled(False)  # it goes past the layers
     return stack
-
-
-def _replace(model, old, new):
-    """In all places where `old` is registered."""
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module is old:
-            model.set_submodule(name, new.train(old.training))
-
-
-def merge(model: nn.Module) -> nn.Module:
-    """Turn every LoRALinear back into the layer it replaced, with its `merged_weight`, in place:
-    `merge(model).save_pretrained(folder)` is a full-precision checkpoint. A QALoRALinear stays,
-    merged into its zero points."""
-    for layer in [m for m in model.modules() if isinstance(m, LoRALinear)]:
-        _replace(model, layer, layer.merged())
-    return model
 
 
 # ==================================================================================================
@@ -817,7 +970,7 @@ import os
 import tempfile
 from pathlib import Path
 
-# ------------------------------------------------------------------ 5  Adapters on disk, and bases
+# ------------------------------------------------------------------ 6  Adapters on disk, and bases
 
 
 def save_adapter(model, folder):
@@ -1067,10 +1220,12 @@ def load_base(model, folder):
         layer = old = modules[name]
         if not isinstance(old, LoRALinear):
             kind = QALoRALinear if base.group_size else LoRALinear
-            layer = kind(base.to(old.weight.device), bias=old.bias)
+            with _in_memory(old):
+                layer = kind(base.to(old.weight.device), bias=old.bias)
             layer.kind = type(old)
             _replace(model, old, layer)
         layer.base, layer.own_base = base.to(layer.base.codes.device), True
+    _load_offloaded(model)
     model.load_state_dict(tensors, strict=False)
     _freeze_base(model)
 
@@ -1087,7 +1242,7 @@ def _unpacked(tensors, key, state):
     return make(*layout, state["blocksize"], codes=tensors.pop(key), **buffers)
 
 
-# ------------------------------------------ 6  bitsandbytes' kernels, and a weight for who reads it
+# ------------------------------------------ 7  bitsandbytes' kernels, and a weight for who reads it
 
 
 class _Bitsandbytes:
@@ -1152,7 +1307,7 @@ class _Weight(Tensor):
 LoRALinear.weight = property(_Weight.of)
 
 
-# ------------------------------ 7  The family: rounding with the adapter, or the data, in view
+# ------------------------------ 8  The family: rounding with the adapter, or the data, in view
 
 
 def loftq_base(W, H, base, rounding, solve, rounds=5):
@@ -1274,71 +1429,92 @@ def apply_sequentially(
     """`apply_quailora`, but each layer repairs what those before it left: from the inputs Y that
     it gets in the model as it is initialized so far, it solves min || W X - (Q + A B^T) Y ||, and
     its row has the error on Y, of the W' that is best for that, over that of quantize(W'). The
-    bases are not `quantize(W)`: save them with `save_base`. Takes all batches, of sequences of one
-    length, as one, twice, through the model: one half of the rows in full precision, the other as
-    initialized. Raises ValueError also for an init without data, and batches of several shapes."""
+    bases are not `quantize(W)`: save them with `save_base`. Block by block: in each, layers that
+    read the same tensor are started from all batches in full precision and as initialized so far,
+    then the layers that read what those made. Raises ValueError also for an init without data."""
     layers, start = prepared(model, rank, alpha, bits, init, steps, skip, None, **options)
     if not INITS[init].needs_data:
         raise ValueError(f"a sequential start needs a method that uses data, not {init!r}")
-    args, kwargs, masks = _arguments(_twice(batches), model)
-    rows = len(next(x for x in [*args, *kwargs.values()] if isinstance(x, Tensor)))
-    done, bar = {}, iter(progress(list(layers)))
+    done, order = {}, [*layers]
 
-    def forward(name, x):
-        if len(x) % rows:
-            why = "a sequential start cannot tell whose they are"
-            raise RuntimeError(f"{name} reads {len(x)} rows, with two copies of {rows // 2}: {why}")
-        layer, (full, ours) = layers[name], x.chunk(2)
-        if name not in done:  # a layer that is called again keeps what its first call gave
-            next(bar, None)
-            mask = masks[decodes(layer, x)]
-            done[name] = new = start(*_shifted(layer, *_float(_tokens(x, mask)).chunk(2), name))
-            new.kind, new.own_base, new.base.dtype = type(layer), bits < 16, layer.weight.dtype
-        return torch.cat([type(layer).forward(layer, full), done[name](ours)])
+    def forward(name, full, x):
+        return done[name](x) if walk.stream and name in done else full(x)
 
     with _evaluating(model) as stack:
-        for name, layer in layers.items():
-            layer.forward = partial(forward, name)
-            stack.callback(delattr, layer, "forward")
-        decodes = _decoding(_body(model), stack)
-        _body(model)(*args, **kwargs)
-    next(bar, None)
-    for name, layer in layers.items():
-        if name not in done:
-            raise ValueError(f"{name} read nothing in calibration: is a batch there, in each pass?")
-        _replace(model, layer, done[name])
+        walk = _Walk(_body(model), batches, stack, streams=2)
+        for names in walk.parts(layers, progress):
+            part = {name: layers.pop(name) for name in names}
+            with contextlib.ExitStack() as routed:
+                for name in names:
+                    _patch(routed, part[name], partial(forward, name, part[name].forward))
+                while left := {name: part[name] for name in names if name not in done}:
+                    readers, H, XY = _next_readers(walk, left)
+                    for name in readers:
+                        with _in_memory(part[name]):
+                            new = start(_shifted(part[name], H, XY), H)
+                            new.base.dtype = part[name].weight.dtype
+                        new.kind, new.own_base = type(part[name]), bits < 16
+                        done[name] = new
+                for i, stream in product(range(len(walk.calls)), (0, 1)):
+                    walk.run(i, stream)
+            for name in names:
+                _replace(model, part.pop(name), done[name])
+    _load_offloaded(model)
     _freeze_base(model)
-    return [_row(name, done[name], True, done[name].report) for name in layers]
+    return [_row(name, done[name], True, done[name].report) for name in order]
 
 
-def _twice(batches):
-    """Two copies of all batches as one."""
-    batches = [dict(b) if isinstance(b, Mapping) else b for b in batches]
-    if not batches:
-        raise ValueError("a sequential start needs calibration data: there is no batch")
-    try:
-        return tree_map(lambda *x: torch.cat(x * 2) if isinstance(x[0], Tensor) else x[0], *batches)
-    except (RuntimeError, TypeError, ValueError) as error:
-        wanted = "batches of the same keys, with sequences of one length"
-        raise ValueError(f"a sequential start needs {wanted}") from error
+def _next_readers(walk, left):
+    """Of the layers `left`, by name, those that read the same tensor next, and of what they read
+    in full precision, X^T (stream 0), and as initialized so far, Y^T (1), H = Y Y^T and X Y^T. Each
+    run stops where another of them reads another tensor."""
+    readers, H, XY = [], 0, 0
+
+    def see(name, layer, args):
+        if not seen and (defining or name in readers):
+            seen.append(args[0])
+        elif seen and args[0] is not seen[0]:
+            raise _Stop
+        if seen and defining:
+            readers.append(name)
+
+    with contextlib.ExitStack() as stack:
+        for name, layer in left.items():
+            stack.enter_context(layer.register_forward_pre_hook(partial(see, name)))
+        for i in range(len(walk.calls)):
+            read = []  # X^T, Y^T
+            for stream in 0, 1:
+                seen, defining = [], not readers
+                with contextlib.suppress(_Stop):
+                    walk.run(i, stream)
+                read += [_float(walk.tokens(left[readers[0]], x)) for x in seen]
+            if len({len(tokens) for tokens in read}) > 1:
+                rows = " and ".join(str(len(tokens)) for tokens in read)
+                what = f"{rows} rows in full precision and as started"
+                raise RuntimeError(f"{readers[0]} reads {what}: not the same ones")
+            if read:
+                x, y = read
+                with _exactly():
+                    H, XY = H + y.T @ y, XY + x.T @ y
+    if not readers:
+        raise ValueError(f"{next(iter(left))} read nothing in calibration: is there a batch?")
+    return readers, _summed(H, readers[0]), _summed(XY, readers[0])
 
 
-def _shifted(layer, x, y, name):
-    """A layer with W X Y^T H^-1 in place of W, and H = Y Y^T: min over W' of || W X - W' Y || is
-    (1) for these. x, y: (tokens, in), X^T and Y^T, its inputs in full precision and as
-    initialized. The change of W is damped by 1% of the mean diagonal of H."""
-    with _exactly():
-        H, XY = (_summed(M.T @ y, name).double() for M in (y, x))
+def _shifted(layer, H, XY):
+    """A layer with W X Y^T H^-1 in place of W, for H = Y Y^T: min over W' of || W X - W' Y || is
+    (1) for these. The change of W is damped by 1% of the mean diagonal of H."""
+    H, XY = H.double(), XY.double()
     damped = H.clone()
     damped.diagonal().add_(0.01 * H.diagonal().mean().clamp(min=1e-30))
-    W = _weight(layer).double()
-    W = W + W @ torch.linalg.solve(damped, (XY - H).T).T  # W where X = Y
+    W = _weight(layer)
+    shift = W.double() @ torch.linalg.solve(damped, (XY - H).T).T  # 0 where X = Y
     linear = nn.Linear(1, 1, device="meta")
-    linear.weight, linear.bias = nn.Parameter(W.to(x.dtype)), layer.bias
-    return linear, H.to(x.dtype)
+    linear.weight, linear.bias = nn.Parameter((W + shift).to(_wide(W.dtype))), layer.bias
+    return linear
 
 
-# ---------------------------------------- 8  QA-LoRA: an adapter that merges into the zero points
+# ---------------------------------------- 9  QA-LoRA: an adapter that merges into the zero points
 
 
 class GroupedWeight(QuantizedWeight):
@@ -1570,23 +1746,22 @@ def _q4_1(base, rows, name):
     return torch.cat([halves.view(torch.uint8), packed], -1).view(out, -1)
 
 
-# ---------------------------------------- 9  The model you already have: the adapter that peft made
+# --------------------------------------- 10  The model you already have: the adapter that peft made
 
 
 @torch.no_grad()
 def initialize_peft(
-    model, batches, weights=None, init="quailora", steps=20, H=None, memory=math.inf, floor=False,
-    progress=list,
+    model, batches, weights=None, init="quailora", steps=20, H=None, floor=False, progress=list,
 ):  # fmt: skip
     """Start the active adapter of a peft model, in place, in each LoRA layer on a linear layer,
     whatever base that has (bitsandbytes, GPTQ, AWQ, torchao, ...). Only lora_A, lora_B change.
 
     Q is what the base does to the identity. W comes from `weights`, one layer at a time: a folder,
     a Hub id, or a full-precision model; None is where the base was loaded from. X is that of the
-    rounded model, adapters off, and in a second pass over `batches` that of the model so started,
-    which is nearly the X in full precision that the paper takes. batches, H (by names in the base
-    model), memory, floor, progress, and the rows returned: as for `apply_quailora`, but errors are
-    over || (W - Q) X ||.
+    model as started so far, which is nearly the X in full precision that the paper takes: each
+    block is started twice, from what its layers read with its adapters off, and then on. batches, H
+    (by names in the base model), floor, progress, and the rows returned: as for `apply_quailora`,
+    but errors are over || (W - Q) X ||.
 
     Needs transformers 5 and accelerate. Raises ValueError, with the model as it was, also for
     variants of LoRA (DoRA), an init that chooses Q (loftq, cloq, joint), and a W that is missing or
@@ -1604,22 +1779,31 @@ def initialize_peft(
         body = model
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     solve, passes = partial(INITS[init].solve, steps=steps), [False]
-    if H is None and INITS[init].needs_data:
-        batches, passes = [*batches], [False, True]
+    if INITS[init].needs_data:
+        passes = [False, True]
+    reports = {}
 
-    def start(name, H):
-        return _restarted(name, layers[name], found[name], H, dtype, solve, floor)
+    def start_layer(name, H):
+        new = _restarted(name, layers[name], found[name], H, dtype, solve, floor)
+        lora_A, lora_B, reports[name] = new
+        layers[name].lora_A.copy_(lora_A)
+        layers[name].lora_B.copy_(lora_B)
 
     with _originals(model, layers, weights) as found, _restored_on_errors(layers):
-        for adapters_on in passes:
-            data = batches, H, memory, progress, partial(_calibrating, adapters_on=adapters_on)
-            started = {}  # so that those of the pass before go
-            for name, new, _ in _in_passes(body, modules, start, *data):
-                started[name] = new
-            for name, (lora_A, lora_B, _) in started.items():
-                layers[name].lora_A.copy_(lora_A)
-                layers[name].lora_B.copy_(lora_B)
-    return [_row(name, layers[name].module, calibrated, started[name][2]) for name in layers]
+        if H is not None or batches is None:
+            for name in progress([*layers]):
+                start_layer(name, H and H[name])
+        else:
+            with _calibrating(body, adapters_on=False) as stack:
+                walk = _Walk(body, batches, stack)
+                for names in walk.parts(modules, progress):
+                    part = {name: modules[name] for name in names}
+                    for adapters_on in passes:
+                        with _calibrating(body, adapters_on):
+                            correlations = _correlations(part, walk)
+                        for name in names:
+                            start_layer(name, correlations.pop(name))
+    return [_row(name, layers[name].module, calibrated, reports[name]) for name in layers]
 
 
 class _PeftLayer(NamedTuple):

@@ -47,13 +47,12 @@ OPTIONS = {  # default, help
     "group_size": (32, "inputs that share a scale and a zero point, with qa-lora"),
     "gguf": (None, "a GGUF of --model: qa-lora leaves merged/model.gguf like it, for llama.cpp"),
     "bits": (4, "2, 3, 4 (NormalFloat), 8 (int8) or 16 (not rounded)"),
-    "sequential": (False, "start each layer on what those before it left; calibrates at once"),
+    "sequential": (False, "start each layer on what those before it left"),
     "rank": (64, "columns of A and B"),
     "alpha": (16.0, "the adapter is scaled by alpha / rank"),
     "als_steps": (20, "rounds of alternating least squares"),
     "sequence_length": (256, "tokens in a sequence"),
     "calibration": (64, "calibration sequences"),
-    "calibration_memory": (math.inf, "GB (10^9 bytes) for all H; for the others further passes"),
     "validation": (16, "validation sequences"),
     "steps": (16, "optimizer steps"),
     "batch_size": (4, "sequences in a forward pass of a process"),
@@ -66,8 +65,8 @@ OPTIONS = {  # default, help
     "debug": (False, "show the traceback of an error"),
 }
 LEAST = dict(sequence_length=2, calibration=1, validation=1, steps=0, batch_size=1)
-LEAST |= dict(accumulation=1, eval_every=1, lr=1e-9, calibration_memory=1e-9)
-NOT_SETTINGS = {"out", "gguf", "debug", "resume", "overwrite", "calibration_memory", "floor"}
+LEAST |= dict(accumulation=1, eval_every=1, lr=1e-9)
+NOT_SETTINGS = {"out", "gguf", "debug", "resume", "overwrite", "floor"}
 
 
 def options() -> argparse.ArgumentParser:
@@ -147,7 +146,7 @@ def smollm2() -> Path:
 
 
 def load_model(name: str):
-    """Model in full precision (float32; bfloat16 on CUDA) and tokenizer."""
+    """Model in full precision (float32; bfloat16 on CUDA), on disk what is too large, tokenizer."""
     global datasets, quailora, torch, transformers  # not before: --help waits for none
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it lacks a kernel that nobody needs
     import datasets
@@ -158,8 +157,9 @@ def load_model(name: str):
 
     with naming(f"--model {name}"):
         file, gguf = smollm2() if name == "smollm2-135m" else Path(name), {}
+        placed = {} if "RANK" in os.environ else {"device_map": "auto"}
         if file.suffix == ".gguf":
-            file, gguf = file.parent, {"gguf_file": file.name}
+            file, gguf, placed = file.parent, {"gguf_file": file.name}, {}
         elif not file.is_dir():
             owner = OWNERS.get(name.split("-")[0])
             require(owner or "/" in name, f"no folder, Hub id or one of {', '.join(OWNERS)}")
@@ -172,7 +172,8 @@ def load_model(name: str):
         words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
         require(words, "no tokenizer: all its tokens are special")
         dtype = torch.bfloat16 if torch.cuda.is_available() and not gguf else torch.float32
-        model = transformers.AutoModelForCausalLM.from_pretrained(file, dtype=dtype, **gguf)
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        model = load(file, dtype=dtype, **gguf, **placed)
         if gguf:  # its weights are floats now; transformers would refuse to save them
             model.hf_quantizer, model.is_quantized = None, False
             del model.config.quantization_config
@@ -362,20 +363,17 @@ class Job:
 
     def start(self, H: dict | None, full_precision: float | None) -> None:
         """Quantize, start the adapter, and leave on disk what a resumed run needs of it."""
-        args, result, memory = self.args, self.result, 1e9 * self.args.calibration_memory
+        args, result = self.args, self.result
         for path in held(args.out) if MAIN else ():  # with --overwrite, or of a killed start
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         with self.phase("evaluate", "in full precision"):
             full = result["full_precision_perplexity"] = full_precision or self.evaluate()
         batches = self.batches if quailora.INITS[self.options["init"]].needs_data else None
         sequential = args.sequential and batches
-        if batches and H is None and memory == math.inf and not sequential:
-            with self.phase("calibrate"):
-                H = quailora.input_correlations(self.model, tqdm(batches, disable=not MAIN))
         with self.phase("initialize"):
             apply = quailora.apply_sequentially if sequential else quailora.apply_quailora
-            more = {} if sequential else dict(H=H, memory=memory)
-            more["progress"] = lambda names: tqdm(names, "layers", disable=not MAIN)
+            more = {} if sequential else {"H": H}
+            more["progress"] = lambda parts: tqdm(parts, disable=not MAIN)
             transformers.set_seed(args.seed)  # what was drawn before depends on what was evaluated
             result["layers"] = apply(self.model, batches, **self.options, **more)
             layers = quailora.lora_layers(self.model).values()

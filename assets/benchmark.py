@@ -3,6 +3,7 @@
 
     python assets/benchmark.py                          SmolLM2-135M: 5 minutes on 2 cores
     python assets/benchmark.py 4096x4096 11008x4096     layers of these shapes, OUTxIN, H given
+    python assets/benchmark.py --memory                 whole models, all H at once and by blocks
     python assets/benchmark.py --device cuda            a LLaMA of 7B with random weights, on a GPU
 
 The pace of the machine is that of two large products, E H, and E E^T or E^T E, in float32. LoftQ
@@ -18,6 +19,7 @@ import multiprocessing
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from functools import cache, partial
 from importlib.util import find_spec
@@ -169,7 +171,6 @@ def model_costs():
     title = "apply_quailora on a block of LLaMA 7B: peak MB beyond model and H"
     largest = 4 * TALL[0] * TALL[1] / 2**20
     yield beside(title, in_new_process(block_memory), "its largest layer", largest)
-    yield from start_memory(model, H)
     usage = [sys.executable, train.__file__, "--help"]
     yield beside("train.py --help: seconds", seconds_of(subprocess.check_output, usage))
     yield beside("train.py to its first progress bar: seconds", seconds_of(first_bar))
@@ -212,23 +213,6 @@ def start_costs(model, H: dict):
     yield beside(title, ours, "two large products for each", products)
     yield beside(title, ours, "LoftQ", loftq)
     yield beside("error (1) over the floor, in the worst layer", worst)
-
-
-def start_memory(model, H: dict):
-    layers = [layer.weight for layer in quailora.linear_layers(model).values()]
-    bound = sum({id(M): M.nbytes for M in H.values()}.values())  # layers share some
-    bound += 3 * max(W.nbytes for W in layers)
-    for name in "initialize_peft", "apply_quailora":
-        title = f"{name}, 2 x 256 tokens at a time: peak MB beyond its model"
-        peak = in_new_process(whole_start, name)
-        yield beside(title, peak, "all H and 3 copies of the largest layer", bound / 2**20)
-
-
-def whole_start(name: str) -> float:
-    batches = torch.randint(49152, (4, 256), generator=torch.manual_seed(0)).split(2)
-    model = peft_model() if name == "initialize_peft" else load_smollm2()
-    model(batches[0][:1, :8])  # what a first call takes stays
-    return peak_mb(getattr(quailora, name), model, batches)[0]
 
 
 def block_memory() -> float:
@@ -343,8 +327,8 @@ def random_llama(device, blocks, width, hidden, dtype=torch.bfloat16):
         torch.set_default_dtype(torch.float32)
 
 
-def random_tokens(device, count, length=512):
-    return torch.randint(32000, (count, length), generator=torch.manual_seed(0)).to(device)
+def random_tokens(device, count, length=512, vocabulary=32000):
+    return torch.randint(vocabulary, (count, length), generator=torch.manual_seed(0)).to(device)
 
 
 def device_equals_cpu(device):
@@ -384,13 +368,10 @@ def device_calibration(device, size, tokens):
     least, _, _ = measured_on(device, alone)
     layers = quailora.linear_layers(model)
     quailora.input_correlations(model, batches[:1], skip=[*layers][1:])  # warm-up
-    done, passes, began = set(), 0, synchronized(device)
-    while len(done) < len(layers):
-        done |= quailora.input_correlations(model, batches, done, memory=16e9).keys()
-        passes += 1
-    seconds, count = (synchronized(device) - began) / passes, batches[0].shape[1] * 4 * len(batches)
+    seconds, _, _ = measured_on(device, quailora.input_correlations, model, batches)
+    count = batches[0].shape[1] * 4 * len(batches)
     yield {
-        "calibration": f"{passes} passes over {count:,} tokens", "tokens/s": count / seconds,
+        "calibration": f"{count:,} tokens", "tokens/s": count / seconds,
         "tokens/s without H": count / least, "share of H": 1 - least / seconds,
     }  # fmt: skip
 
@@ -413,7 +394,7 @@ def device_start(device, size, tokens):
 
 
 def whole_start_row(device, start, model, batches, held: float) -> dict:
-    seconds, peak, rows = measured_on(device, start, model, batches, memory=16e9)
+    seconds, peak, rows = measured_on(device, start, model, batches)
     row = {"a start of the whole model": start.__name__, "model, GB": held, "seconds": seconds}
     started = sum(row["seconds"] for row in rows)
     return row | {"of these layers": started, "peak GB beyond": peak}
@@ -470,6 +451,53 @@ def device_costs(device) -> dict:
     return results
 
 
+# ------------------------------------------------------------------------------ whole models
+
+WAYS = ("all H at once", "by blocks", "by blocks, from disk", "sequential, from disk")
+WAYS += ("initialize_peft",)
+
+
+def start_whole(way: str, folder: str, tokens: tuple[int, int], vocabulary: int) -> dict:
+    """Seconds of a start, and the most memory it held, with the model but not the files it maps."""
+    from transformers import AutoModelForCausalLM
+
+    batches = random_tokens(CPU, *tokens, vocabulary).split(2)
+    options = {"device_map": {"": "disk"}} if "disk" in way else {}
+    peak, done = [resident_mb("RssAnon")], threading.Event()
+
+    def watch():
+        while not done.wait(0.01):
+            peak.append(max(peak.pop(), resident_mb("RssAnon")))
+
+    threading.Thread(target=watch, daemon=True).start()
+    began = time.perf_counter()
+    load = partial(AutoModelForCausalLM.from_pretrained, folder, dtype=torch.bfloat16, **options)
+    model = peft_model(load) if way == "initialize_peft" else load()
+    if way == "initialize_peft":
+        quailora.initialize_peft(model, batches)
+    elif way == "all H at once":
+        H = quailora.input_correlations(model, batches)
+        quailora.apply_quailora(model, None, RANK, H=H)
+    elif "sequential" in way:
+        quailora.apply_sequentially(model, batches, RANK)
+    else:
+        quailora.apply_quailora(model, batches, RANK)
+    done.set()
+    return {"a start": way, "seconds": time.perf_counter() - began, "peak MB": peak[0]}
+
+
+def memory_costs():
+    """SmolLM2, and a LLaMA of 1.2 billion random weights, in bfloat16."""
+    with tempfile.TemporaryDirectory() as folder:
+        random_llama(CPU, 22, 2048, 5632).save_pretrained(folder)
+        models = ("SmolLM2-135M", train.smollm2(), (16, 256), 49152), (
+            "LLaMA of 1.26 billion weights", folder, (8, 256), 32000,
+        )  # fmt: skip
+        for name, *model in models:
+            for way in WAYS:
+                yield {"model": name, **in_new_process(start_whole, way, *model)}
+
+
 def shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split("x", 1)))
 
@@ -478,6 +506,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What QuAILoRA costs, as ratios.")
     add = parser.add_argument
     add("shapes", nargs="*", type=shape, metavar="OUTxIN", help="layers; default: SmolLM2-135M")
+    add("--memory", action="store_true", help="of whole models, started by blocks, from disk, ...")
     add("--floor", action="store_true", help="of layers also the least possible error: slow")
     add("--device", type=torch.device, help="cuda: a LLaMA of 7B; cpu: the same on small shapes")
     add("--out", type=Path, metavar="FILE", help="the numbers as JSON too")
@@ -487,6 +516,8 @@ def main() -> None:
     results = {"machine": machine}
     if args.device:
         results |= device_costs(args.device)
+    elif args.memory:
+        results["memory"] = show(memory_costs(), needs=["gguf", "peft", "bitsandbytes"])
     elif args.shapes:
         results["layers"] = show(layer_costs(args.shapes, args.floor))
         if {SQUARE, TALL, WIDE} <= set(args.shapes):

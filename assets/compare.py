@@ -79,8 +79,8 @@ def check_options(args: argparse.Namespace) -> None:
     require(min([1, *args.sweep]) > 0, f"--sweep {args.sweep}: expected positive rates")
     require(args.bits <= 4, f"--bits {args.bits}: expected 2, 3 or 4; 8 and 16 are the references")
     split = [name for name in args.methods if name.endswith(("-equal", "-white"))]
-    plain = args.calibration_memory == math.inf and not args.sequential and args.method == "lora"
-    require(plain or not split, f"{split}: not with qa-lora, --sequential, --calibration-memory")
+    plain = not args.sequential and args.method == "lora"
+    require(plain or not split, f"{split}: not with qa-lora, --sequential")
     require("RANK" not in os.environ, "give this to python, not to torchrun: it starts processes")
 
 
@@ -262,14 +262,15 @@ class Runs:
         return result
 
     def calibration(self, job: argparse.Namespace) -> Path | None:
-        """The file that calibrate() writes, where all H fit at once."""
+        """The file that calibrate() writes."""
         job.out = self.args.out / "runs" / "shared"
         data = re.sub(r"[^\w.-]", "_", job.calibration_data or job.data)
         file = job.out / f"H-{data}.pt"
-        fits = job.calibration_memory == math.inf and not job.sequential
-        if fits and not file.exists():
+        if job.sequential:
+            return None
+        if not file.exists():
             in_process("calibration", calibrate, job, file=file)
-        return file if fits else None
+        return file
 
     def seeds(self, method: dict, **changes) -> list[dict]:
         return [self.of(method, seed, **changes) for seed in range(self.args.seeds)]
