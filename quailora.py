@@ -41,7 +41,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
-from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -519,9 +518,10 @@ def apply_quailora(
     """Replace the `linear_layers` by LoRALinears, in place, and freeze all but their adapters.
 
     batches: calibration data as for `input_correlations`, or None where `H` holds what that
-    returned, or `init`, one of INITS, needs none. They go through the model block by block, so that
-    the H of one block are there at once. bits, layout (block_size, double_quant): as for
-    `quantize`. progress wraps the list of blocks, or of layers without batches: tqdm, say.
+    returned, or `init`, one of INITS, needs none. They go through the model block by block: the H
+    of one block exist at a time, and all hidden states, twice. bits, layout (block_size,
+    double_quant): as for `quantize`. progress wraps the list of blocks, or of layers without
+    batches: tqdm, say.
 
     A model that accelerate has offloaded to disk (`device_map` of transformers) is read a layer at
     a time; what is returned is in memory.
@@ -531,7 +531,7 @@ def apply_quailora(
     with floor=True `floor`, the least of that for this Q and rank (slow on large layers);
     `seconds`, without these errors. Raises ValueError, with the model as it was, for options out
     of range, an H that does not fit, and NaN or inf in a weight; with the blocks before it replaced
-    for NaN or inf in what a layer reads."""
+    if a layer reads NaN, inf, or nothing."""
     options = rank, alpha, bits, init, steps, skip, H, rslora, floor
     layers, start = prepared(model, *options, **layout)
     calibrated, done = _calibrated(init, batches, H), dict.fromkeys(layers)
@@ -684,22 +684,22 @@ def _in_memory(layer):
 
 def _load_offloaded(model):
     """In memory what accelerate has offloaded."""
-    offloaded = [m for m in model.modules() if hasattr(m, "_hf_hook") and _is_meta(m)]
-    for m in offloaded:
-        from accelerate.hooks import remove_hook_from_module
+    offloaded = [m for m in model.modules() if any(p.is_meta for p in m.parameters(False))]
+    if not offloaded:
+        return
+    from accelerate.hooks import remove_hook_from_module
 
+    for m in offloaded:
         with _in_memory(m):
             tensors = {name: x.data.clone() for name, x in m.named_parameters(recurse=False)}
         remove_hook_from_module(m)
         for name, x in tensors.items():
             setattr(m, name, nn.Parameter(x, requires_grad=False))
-    if offloaded:
+    if hasattr(model, "tie_weights"):
         model.tie_weights()
+    if len({p.device for p in model.parameters()}) == 1:
+        remove_hook_from_module(model, recurse=True)  # they would keep inputs on one device
         vars(model).pop("hf_device_map", None)
-
-
-def _is_meta(module):
-    return any(p.is_meta for p in module.parameters(recurse=False))
 
 
 # ----------------------------------------------------- 5  Calibration: batches -> H, block by block
@@ -715,7 +715,8 @@ def input_correlations(model: nn.Module, batches: Iterable, skip=()) -> dict[str
     mode and without its head. Raises ValueError if a layer reads nothing, NaN or inf; RuntimeError
     if two layers read the same tensor in some calls only."""
     with _evaluating(model) as stack:
-        return _correlations(linear_layers(model, skip), _Walk(_body(model), batches, stack, 0))
+        walk = _Walk(_body(model), batches, stack, by_blocks=False)
+        return _correlations(linear_layers(model, skip), walk)
 
 
 @torch.no_grad()
@@ -751,6 +752,7 @@ def _correlations(layers, walk):
 
 
 def _version(x):
+    """How often x was written to; not known in inference mode."""
     return 0 if x.is_inference() else x._version
 
 
@@ -775,57 +777,75 @@ def _summed(H, name):
 
 
 class _Stop(Exception):
-    """Ends a run of the model before its end."""
+    """A run of the model need not go on, or its blocks are no chain."""
 
 
 class _Walk:
     """The way of the batches through a model, part by part: its blocks, each on the hidden states
-    that the one before it made, then what is outside of them. Each of `streams` has hidden states
-    of its own. With streams = 0, or if blocks do more than hand those on, all is one part."""
+    that the one before it made, then what is outside of them. All is one part if the blocks do more
+    than hand those on, or without `by_blocks`."""
 
-    def __init__(self, model, batches, stack, streams=1):
+    def __init__(self, model, batches, stack, by_blocks=True):
         self.model, self.decodes = model, _decoding(model, stack)
         self.calls = [_arguments(batch, model) for batch in batches]  # args, kwargs, masks
-        self.blocks = _blocks(model) if streams else []
-        self.at, self.stream = 0, 0  # the present part, and stream
-        self.block_calls = []  # batch, block -> args, kwargs
-        self.hidden = []  # batch, stream -> what the present block reads
+        self.blocks, self.at = _blocks(model) if by_blocks else [], 0  # the present part
+        self.hidden = []  # batch -> what the present block reads
+        self.block_calls = []  # batch, block -> args, kwargs that it is called with beside that
         try:
+            if self.blocks and self.calls:
+                self._check()
             for i in range(len(self.calls) if self.blocks else 0):
-                x, calls = self._recorded(i)
+                x, calls, _ = self._recorded(i, lambda k, forward, x, *others: x)
+                self.hidden.append(x)
                 self.block_calls.append(calls)
-                self.hidden.append([x] * streams)
         except _Stop:
-            self.blocks = []
-        self.made = [[None] * streams for _ in self.calls]  # and what it returns
+            self.blocks, self.hidden = [], []
+        self.next_hidden = [None] * len(self.calls)
 
-    def _recorded(self, i):
-        """What the first block reads in batch i, and what else each block is called with. In the
-        first batch they run, to see what they return; later each hands on what it reads: nothing
-        else depends on that, or there is a _Stop."""
-        read, calls, before = None, [], None  # before: what the block before returned
+    def _check(self):
+        """_Stop unless, in the first batch, each block reads what the one before returned, and
+        nothing but what the last one returns depends on it."""
+        made, last = None, len(self.blocks) - 1
 
-        def record(k, forward, *args, **kwargs):
-            nonlocal read, before
-            if k != len(calls) or not args or before and not _hands_on(*before, args, kwargs):
+        def run(k, forward, x, args, kwargs):
+            nonlocal made
+            if made is not None and not _same(x, made):
                 raise _Stop
-            read = read if calls else args[0]
-            calls.append((args[1:], kwargs))
-            out = self._as_returned(args[0]) if i else forward(*args, **kwargs)
-            self.in_tuple = isinstance(out, tuple)
-            self.returned = out if self.in_tuple else (out,)
-            if self.returned[0].shape != args[0].shape:
+            out = forward(x.clone(), *args, **kwargs)
+            self.more = out[1:] if type(out) is tuple else None  # what else it returns
+            out = out if self.more is None else out[0]
+            if not isinstance(out, Tensor) or out.shape != x.shape:
                 raise _Stop
-            before = self.returned, _version(self.returned[0])
+            made = out.clone()
             return out
 
-        self._run_model(i, record)
+        _, *ran = self._recorded(0, run)
+        self.more = tree_map(_unknown, self.more)
+        _, *handed_on = self._recorded(0, lambda k, forward, x, *others: made if k == last else x)
+        if not _same(ran, handed_on):
+            raise _Stop
+
+    def _recorded(self, i, returned):
+        """Batch i, with returned(k, forward, x, args, kwargs) for the hidden states that block k
+        returns: those that the first reads, what else each is called with, what the model makes."""
+        first, calls = [], []
+
+        def call(k, forward, *args, **kwargs):
+            if k != len(calls) or not args or not isinstance(args[0], Tensor):
+                raise _Stop
+            x, *rest = args
+            if k == 0:
+                first.append(x.clone())
+            calls.append((rest, kwargs))
+            return self._as_returned(returned(k, forward, x, rest, kwargs))
+
+        made = self._run_model(i, call)
         if len(calls) < len(self.blocks):
             raise _Stop
-        return read, calls
+        return first[0], calls, made
 
     def _as_returned(self, x):
-        return (x, *self.returned[1:]) if self.in_tuple else x
+        return x if self.more is None else (x, *self.more)
 
     def _run_model(self, i, call):
         """The model on batch i, with call(k, forward, ...) in place of block k."""
@@ -833,22 +853,22 @@ class _Walk:
         with contextlib.ExitStack() as stack:
             for k, block in enumerate(self.blocks):
                 _patch(stack, block, partial(call, k, block.forward))
-            self.model(*args, **kwargs)
+            return self.model(*args, **kwargs)
 
-    def run(self, i, stream=0):
+    def run(self, i):
         """The present part on batch i."""
-        self.stream = stream
+        if not self.blocks:
+            return self._run_model(i, None)
+        x = self.hidden[i].clone()  # who writes to it does not write to ours
         if self.at == len(self.blocks):
-            last = len(self.blocks) - 1
 
-            def call(k, forward, x, *args, **kwargs):
-                return self._as_returned(self.hidden[i][stream] if k == last else x)
+            def call(k, forward, read, *args, **kwargs):
+                return self._as_returned(x if k == self.at - 1 else read)
 
             return self._run_model(i, call)
         (args, kwargs), self.masks = self.block_calls[i][self.at], self.calls[i][2]
-        x = self.hidden[i][stream].clone()  # who writes to it does not write to ours
-        out = self.blocks[self.at](x, *args, **kwargs)
-        self.made[i][stream] = out[0] if isinstance(out, tuple) else out
+        out = self.blocks[self.at].forward(x, *args, **kwargs)
+        self.next_hidden[i] = out[0] if isinstance(out, tuple) else out
 
     def parts(self, layers, progress=list):
         """In turn the names of those of `layers` that each part has. Its user runs it on all
@@ -860,7 +880,7 @@ class _Walk:
         for at, block in enumerate(progress(parts)):
             self.at = at
             yield outside if block is None else _names_inside(block, layers)
-            self.hidden, self.made = self.made, self.hidden
+            self.hidden, self.next_hidden = self.next_hidden, self.hidden
 
     def tokens(self, layer, x):
         """What `layer` reads, (..., in), as (tokens, in), without what the mask leaves out."""
@@ -874,22 +894,29 @@ def _names_inside(block, layers):
     return [name for name, layer in layers.items() if layer in modules]
 
 
-def _hands_on(returned, version, args, kwargs):
-    """Whether a block with these arguments reads the first tensor that the block before returned,
-    as it was then, and nothing else of it."""
-    others = {id(x) for x in tree_leaves((args[1:], kwargs)) if isinstance(x, Tensor)}
-    same = args[0] is returned[0] and _version(args[0]) == version
-    return same and others.isdisjoint(map(id, returned))
+def _unknown(x):
+    return torch.full_like(x, math.nan) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _same(a, b):
+    """Whether nested structures have equal tensors."""
+    a, b = ([x for x in tree_leaves(M) if isinstance(x, Tensor)] for M in (a, b))
+    return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
 def _blocks(model):
-    """The layers of a transformer: of its lists of modules the one with the most weights."""
+    """The layers of a transformer: of its lists of modules the one with the most weights. None
+    where a module has two places, as H would be that of one."""
 
     def size(blocks):
         return sum(p.numel() for p in blocks.parameters())
 
+    places = [m for _, m in model.named_modules(remove_duplicate=False) if [*m.parameters(False)]]
+    if _has_encoder(model) or len(places) > len({*places}):
+        return []
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    return [] if _has_encoder(model) else [*max(lists, key=size, default=())]
+    blocks = [*max(lists, key=size, default=())]
+    return [] if any(isinstance(block, nn.Linear) for block in blocks) else blocks
 
 
 def _patch(stack, module, forward):
@@ -939,7 +966,8 @@ def _decoding(model, stack):
 
 
 def _evaluating(model):
-    """A context in which the model is in eval mode, and keeps no keys and values."""
+    """Eval mode, no keys and values kept, no fast path past the layers, until what is returned is
+    closed."""
     stack, modes = contextlib.ExitStack(), {}  # by names, as layers may be replaced in between
 
     def restore():
@@ -1431,84 +1459,101 @@ def apply_sequentially(
     its row has the error on Y, of the W' that is best for that, over that of quantize(W'). The
     bases are not `quantize(W)`: save them with `save_base`. Block by block: in each, layers that
     read the same tensor are started from all batches in full precision and as initialized so far,
-    then the layers that read what those made. Raises ValueError also for an init without data."""
+    then the layers that read what those made. Layers outside of the blocks come last. A model
+    without blocks (T5) runs as a whole for each such tensor, which takes long. Raises ValueError
+    also for an init without data, RuntimeError if a layer reads other rows as initialized."""
     layers, start = prepared(model, rank, alpha, bits, init, steps, skip, None, **options)
     if not INITS[init].needs_data:
         raise ValueError(f"a sequential start needs a method that uses data, not {init!r}")
     done, order = {}, [*layers]
-
-    def forward(name, full, x):
-        return done[name](x) if walk.stream and name in done else full(x)
-
     with _evaluating(model) as stack:
-        walk = _Walk(_body(model), batches, stack, streams=2)
-        for names in walk.parts(layers, progress):
-            part = {name: layers.pop(name) for name in names}
-            with contextlib.ExitStack() as routed:
-                for name in names:
-                    _patch(routed, part[name], partial(forward, name, part[name].forward))
-                while left := {name: part[name] for name in names if name not in done}:
-                    readers, H, XY = _next_readers(walk, left)
-                    for name in readers:
-                        with _in_memory(part[name]):
-                            new = start(_shifted(part[name], H, XY), H)
-                            new.base.dtype = part[name].weight.dtype
-                        new.kind, new.own_base = type(part[name]), bits < 16
-                        done[name] = new
-                for i, stream in product(range(len(walk.calls)), (0, 1)):
-                    walk.run(i, stream)
+        full = _Walk(_body(model), batches, stack)
+        ours = copy.copy(full)  # the same in the model as initialized so far
+        ours.hidden, ours.next_hidden = [*full.hidden], [*full.next_hidden]
+        for names, _ in zip(full.parts(layers, progress), ours.parts(layers), strict=True):
+            part, started = {name: layers.pop(name) for name in names}, {}
+            while len(started) < len(part):
+                readers, H, D = _next_readers(full, ours, part, started)
+                for name in readers:
+                    layer = part[name]
+                    with _in_memory(layer):
+                        new = start(_shifted(layer, H, D), H)
+                        new.base.dtype, new.kind = layer.weight.dtype, type(layer)
+                    new.own_base, done[name] = bits < 16, new
+                    weight = new.merged_weight().to(new.base.dtype)  # unrounded once, for all runs
+                    started[name] = partial(nn.functional.linear, weight=weight, bias=new.bias)
+            for i in range(len(full.calls)):
+                full.run(i)
+                with _as_started(part, started):
+                    ours.run(i)
             for name in names:
                 _replace(model, part.pop(name), done[name])
+            del layer
     _load_offloaded(model)
     _freeze_base(model)
     return [_row(name, done[name], True, done[name].report) for name in order]
 
 
-def _next_readers(walk, left):
-    """Of the layers `left`, by name, those that read the same tensor next, and of what they read
-    in full precision, X^T (stream 0), and as initialized so far, Y^T (1), H = Y Y^T and X Y^T. Each
-    run stops where another of them reads another tensor."""
-    readers, H, XY = [], 0, 0
+@contextlib.contextmanager
+def _as_started(part, started):
+    with contextlib.ExitStack() as stack:
+        for name, forward in started.items():
+            _patch(stack, part[name], forward)
+        yield
+
+
+def _next_readers(full, ours, part, started):
+    """Those layers of `part`, not started yet, that read the same tensor next, H = Y Y^T and
+    D = (X - Y) Y^T, with X that tensor in full precision, and Y as initialized so far. Each run
+    stops where another of these layers reads another tensor."""
+    readers, H, D = [], None, None
 
     def see(name, layer, args):
-        if not seen and (defining or name in readers):
-            seen.append(args[0])
-        elif seen and args[0] is not seen[0]:
+        tensor = id(args[0]), _version(args[0])
+        if seen and tensor != seen[0]:
             raise _Stop
-        if seen and defining:
+        if defining and name not in readers:
             readers.append(name)
+        if name in readers and not seen:
+            seen.extend([tensor, _float(walk.tokens(layer, args[0])).clone(), args[0]])
 
     with contextlib.ExitStack() as stack:
-        for name, layer in left.items():
-            stack.enter_context(layer.register_forward_pre_hook(partial(see, name)))
-        for i in range(len(walk.calls)):
+        for name in part.keys() - started.keys():
+            stack.enter_context(part[name].register_forward_pre_hook(partial(see, name)))
+        for i in range(len(full.calls)):
             read = []  # X^T, Y^T
-            for stream in 0, 1:
+            for walk, forwards in (full, {}), (ours, started):
                 seen, defining = [], not readers
-                with contextlib.suppress(_Stop):
-                    walk.run(i, stream)
-                read += [_float(walk.tokens(left[readers[0]], x)) for x in seen]
-            if len({len(tokens) for tokens in read}) > 1:
-                rows = " and ".join(str(len(tokens)) for tokens in read)
-                what = f"{rows} rows in full precision and as started"
+                with contextlib.suppress(_Stop), _as_started(part, forwards):
+                    walk.run(i)
+                read += seen[1:2]
+            if not read:
+                continue
+            x, y = read if len(read) == 2 else (read[0], read[0][:0])
+            if len(x) != len(y):
+                what = f"{len(x)} and {len(y)} rows in full precision and as started"
                 raise RuntimeError(f"{readers[0]} reads {what}: not the same ones")
-            if read:
-                x, y = read
-                with _exactly():
-                    H, XY = H + y.T @ y, XY + x.T @ y
+            if H is None:
+                H, D = y.new_zeros(2, y.shape[1], y.shape[1])
+            with _exactly():
+                H.addmm_(y.T, y)
+                D.addmm_((x - y).T, y)
     if not readers:
-        raise ValueError(f"{next(iter(left))} read nothing in calibration: is there a batch?")
-    return readers, _summed(H, readers[0]), _summed(XY, readers[0])
+        missing = next(name for name in part if name not in started)
+        raise ValueError(f"{missing} read nothing in calibration: is there a batch?")
+    return readers, _summed(H, readers[0]), _summed(D, readers[0])
 
 
-def _shifted(layer, H, XY):
-    """A layer with W X Y^T H^-1 in place of W, for H = Y Y^T: min over W' of || W X - W' Y || is
-    (1) for these. The change of W is damped by 1% of the mean diagonal of H."""
-    H, XY = H.double(), XY.double()
+def _shifted(layer, H, D):
+    """A layer with W' = W X Y^T H^-1 = W + W D H^-1 in place of W, for H = Y Y^T and
+    D = (X - Y) Y^T: the W' for which || W X - W' Y || is least. For any other M,
+    || W X - M Y ||^2 is that least and || (W' - M) Y ||^2: what is left is (1), for W' and H. The
+    change of W is damped by 1% of the mean diagonal of H."""
+    H, D = H.double(), D.double()
     damped = H.clone()
     damped.diagonal().add_(0.01 * H.diagonal().mean().clamp(min=1e-30))
     W = _weight(layer)
-    shift = W.double() @ torch.linalg.solve(damped, (XY - H).T).T  # 0 where X = Y
+    shift = W.double() @ torch.linalg.solve(damped, D.T).T  # 0 where X = Y
     linear = nn.Linear(1, 1, device="meta")
     linear.weight, linear.bias = nn.Parameter((W + shift).to(_wide(W.dtype))), layer.bias
     return linear
@@ -1757,9 +1802,9 @@ def initialize_peft(
     whatever base that has (bitsandbytes, GPTQ, AWQ, torchao, ...). Only lora_A, lora_B change.
 
     Q is what the base does to the identity. W comes from `weights`, one layer at a time: a folder,
-    a Hub id, or a full-precision model; None is where the base was loaded from. X is that of the
-    model as started so far, which is nearly the X in full precision that the paper takes: each
-    block is started twice, from what its layers read with its adapters off, and then on. batches, H
+    a Hub id, or a full-precision model; None is where the base was loaded from. X is nearly the one
+    in full precision that the paper takes: each block is started twice, from what its layers read
+    with its adapters off, and then on, behind the blocks started before it. batches, H
     (by names in the base model), floor, progress, and the rows returned: as for `apply_quailora`,
     but errors are over || (W - Q) X ||.
 
@@ -1778,10 +1823,8 @@ def initialize_peft(
     if not {*modules.values()} <= {*body.modules()}:  # the head has an adapter
         body = model
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    solve, passes = partial(INITS[init].solve, steps=steps), [False]
-    if INITS[init].needs_data:
-        passes = [False, True]
-    reports = {}
+    solve, reports = partial(INITS[init].solve, steps=steps), {}
+    passes = [False, True] if INITS[init].needs_data else [False]
 
     def start_layer(name, H):
         new = _restarted(name, layers[name], found[name], H, dtype, solve, floor)

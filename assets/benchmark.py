@@ -471,7 +471,7 @@ def start_whole(way: str, folder: str, tokens: tuple[int, int], vocabulary: int)
 
     threading.Thread(target=watch, daemon=True).start()
     began = time.perf_counter()
-    load = partial(AutoModelForCausalLM.from_pretrained, folder, dtype=torch.bfloat16, **options)
+    load = partial(AutoModelForCausalLM.from_pretrained, folder, dtype=torch.float32, **options)
     model = peft_model(load) if way == "initialize_peft" else load()
     if way == "initialize_peft":
         quailora.initialize_peft(model, batches)
@@ -487,11 +487,11 @@ def start_whole(way: str, folder: str, tokens: tuple[int, int], vocabulary: int)
 
 
 def memory_costs():
-    """SmolLM2, and a LLaMA of 1.2 billion random weights, in bfloat16."""
+    """SmolLM2, and a LLaMA of random weights, in float32."""
     with tempfile.TemporaryDirectory() as folder:
-        random_llama(CPU, 22, 2048, 5632).save_pretrained(folder)
+        random_llama(CPU, 22, 2048, 5632, torch.float32).save_pretrained(folder)
         models = ("SmolLM2-135M", train.smollm2(), (16, 256), 49152), (
-            "LLaMA of 1.26 billion weights", folder, (8, 256), 32000,
+            "LLaMA of 1.26 billion weights", folder, (4, 256), 32000,
         )  # fmt: skip
         for name, *model in models:
             for way in WAYS:
