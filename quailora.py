@@ -29,9 +29,9 @@ a linear layer, solved by alternating least squares (ALS):
     rows = initialize_peft(model, batches)   # the same on a rounded model that peft has adapted
 
 Part one is the paper, on torch alone; it runs without what follows the ruler at its end. Part two:
-adapters on disk, bitsandbytes' kernels, other starts (LoftQ, CLoQ, joint), QA-LoRA and its GGUF,
-and the start for peft. Not here: dropout on the adapter of LoRALinear, rounding of activations,
-experts that are 3-D parameters."""
+adapters on disk, bitsandbytes' kernels, other starts (LoftQ, CLoQ, joint), block by block,
+sequential starts, QA-LoRA and its GGUF, and the start for peft. Not here: dropout on the adapter of
+LoRALinear, rounding of activations, experts that are 3-D parameters."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ class QuantizedWeight(nn.Module):
     `absmax`, the float32 scale of each block or row, or with double quantization its uint8 code,
     with `nested_absmax`, a float32 for 256 of them, and `offset`, a float32."""
 
-    kernels, format, group_size = None, "nf", None  # for sections 7, 6 and 9
+    kernels, format, group_size = None, "nf", None  # for sections 7, 6 and 10
 
     def __init__(self, shape, dtype, bits, block_size, **buffers):
         super().__init__()
@@ -547,7 +547,7 @@ def apply_quailora(
             start_layer(name, H and H[name])
     else:
         with _evaluating(model) as stack:
-            walk = _Walk(_body(model), batches, stack)
+            walk = WAY(_body(model), batches, stack)
             for names in walk.parts(layers, progress):
                 found = _correlations({name: layers[name] for name in names}, walk)
                 for name in names:
@@ -702,7 +702,7 @@ def _load_offloaded(model):
         vars(model).pop("hf_device_map", None)
 
 
-# ----------------------------------------------------- 5  Calibration: batches -> H, block by block
+# --------------------------------------------------------------------- 5  Calibration: batches -> H
 
 
 def input_correlations(model: nn.Module, batches: Iterable, skip=()) -> dict[str, Tensor]:
@@ -711,21 +711,19 @@ def input_correlations(model: nn.Module, batches: Iterable, skip=()) -> dict[str
     All H are there at once, of a LLaMA of 7B 22 GB: `apply_quailora` with batches needs less.
 
     A batch is what the model takes: keyword arguments as a mapping (`labels` are dropped), a tuple,
-    or a tensor. Positions where a 2-D `attention_mask` is 0 do not count. The model runs in eval
-    mode and without its head. Raises ValueError if a layer reads nothing, NaN or inf; RuntimeError
-    if two layers read the same tensor in some calls only."""
+    or a tensor. Positions where a 2-D `attention_mask` is 0 do not count, where a layer reads all.
+    The model runs in eval mode and without its head. Raises ValueError if a layer reads nothing,
+    NaN or inf; RuntimeError if two layers read the same tensor in some calls only."""
     with _evaluating(model) as stack:
-        walk = _Walk(_body(model), batches, stack, by_blocks=False)
-        return _correlations(linear_layers(model, skip), walk)
+        return _correlations(linear_layers(model, skip), _Walk(_body(model), batches, stack))
 
 
 @torch.no_grad()
 def _correlations(layers, walk):
     """`input_correlations` of these layers, in the present part of the walk."""
     H = {}
-    readers = {name: [] for name in layers}  # for each call, the first reader of the same tensor:
-    first = WeakIdKeyDictionary()  # q_proj, which k_proj, v_proj share it with. Tensor -> its
-    # version, which a write to it changes -> layer
+    readers = {name: [] for name in layers}  # for each call the first that read its tensor: q of k
+    first = WeakIdKeyDictionary()  # tensor -> its version, which a write changes -> that layer
 
     def read(name, layer, args):
         x = args[0]
@@ -759,8 +757,8 @@ def _version(x):
 @_exactly()
 def _add_products(H, x):
     """H += x^T x, for x, (tokens, in). Products of 16-bit numbers are exact in float32: those CUDA
-    makes on its tensor cores (torch 2.8 and later)."""
-    if x.is_cuda and x.itemsize == 2 and hasattr(torch.ops.aten.mm, "dtype"):
+    makes on its tensor cores."""
+    if x.is_cuda and x.itemsize == 2:
         H += torch.mm(x.T, x, out_dtype=H.dtype)
     else:
         x = x.to(H.dtype)
@@ -768,7 +766,7 @@ def _add_products(H, x):
 
 
 def _summed(H, name):
-    """H, (in, in), over all processes."""
+    """H, (in, in), over all processes, in place."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(H)
     if not H.isfinite().all():
@@ -776,156 +774,31 @@ def _summed(H, name):
     return H
 
 
-class _Stop(Exception):
-    """A run of the model need not go on, or its blocks are no chain."""
-
-
 class _Walk:
-    """The way of the batches through a model, part by part: its blocks, each on the hidden states
-    that the one before it made, then what is outside of them. All is one part if the blocks do more
-    than hand those on, or without `by_blocks`."""
+    """The way of the batches through a model, here as a whole; part two goes block by block."""
 
-    def __init__(self, model, batches, stack, by_blocks=True):
+    def __init__(self, model, batches, stack):
         self.model, self.decodes = model, _decoding(model, stack)
         self.calls = [_arguments(batch, model) for batch in batches]  # args, kwargs, masks
-        self.blocks, self.at = _blocks(model) if by_blocks else [], 0  # the present part
-        self.hidden = []  # batch -> what the present block reads
-        self.block_calls = []  # batch, block -> args, kwargs that it is called with beside that
-        try:
-            if self.blocks and self.calls:
-                self._check()
-            for i in range(len(self.calls) if self.blocks else 0):
-                x, calls, _ = self._recorded(i, lambda k, forward, x, *others: x)
-                self.hidden.append(x)
-                self.block_calls.append(calls)
-        except _Stop:
-            self.blocks, self.hidden = [], []
-        self.next_hidden = [None] * len(self.calls)
 
-    def _check(self):
-        """_Stop unless, in the first batch, each block reads what the one before returned, and
-        nothing but what the last one returns depends on it."""
-        made, last = None, len(self.blocks) - 1
-
-        def run(k, forward, x, args, kwargs):
-            nonlocal made
-            if made is not None and not _same(x, made):
-                raise _Stop
-            out = forward(x.clone(), *args, **kwargs)
-            self.more = out[1:] if type(out) is tuple else None  # what else it returns
-            out = out if self.more is None else out[0]
-            if not isinstance(out, Tensor) or out.shape != x.shape:
-                raise _Stop
-            made = out.clone()
-            return out
-
-        _, *ran = self._recorded(0, run)
-        self.more = tree_map(_unknown, self.more)
-        _, *handed_on = self._recorded(0, lambda k, forward, x, *others: made if k == last else x)
-        if not _same(ran, handed_on):
-            raise _Stop
-
-    def _recorded(self, i, returned):
-        """Batch i, with returned(k, forward, x, args, kwargs) for the hidden states that block k
-        returns: those that the first reads, what else each is called with, what the model makes."""
-        first, calls = [], []
-
-        def call(k, forward, *args, **kwargs):
-            if k != len(calls) or not args or not isinstance(args[0], Tensor):
-                raise _Stop
-            x, *rest = args
-            if k == 0:
-                first.append(x.clone())
-            calls.append((rest, kwargs))
-            return self._as_returned(returned(k, forward, x, rest, kwargs))
-
-        made = self._run_model(i, call)
-        if len(calls) < len(self.blocks):
-            raise _Stop
-        return first[0], calls, made
-
-    def _as_returned(self, x):
-        return x if self.more is None else (x, *self.more)
-
-    def _run_model(self, i, call):
-        """The model on batch i, with call(k, forward, ...) in place of block k."""
-        args, kwargs, self.masks = self.calls[i]
-        with contextlib.ExitStack() as stack:
-            for k, block in enumerate(self.blocks):
-                _patch(stack, block, partial(call, k, block.forward))
-            return self.model(*args, **kwargs)
+    def parts(self, layers, progress=list):
+        """The names of those of `layers` that a part of the way goes through, part by part."""
+        for _ in progress([self.model]):
+            yield [*layers]
 
     def run(self, i):
         """The present part on batch i."""
-        if not self.blocks:
-            return self._run_model(i, None)
-        x = self.hidden[i].clone()  # who writes to it does not write to ours
-        if self.at == len(self.blocks):
-
-            def call(k, forward, read, *args, **kwargs):
-                return self._as_returned(x if k == self.at - 1 else read)
-
-            return self._run_model(i, call)
-        (args, kwargs), self.masks = self.block_calls[i][self.at], self.calls[i][2]
-        out = self.blocks[self.at].forward(x, *args, **kwargs)
-        self.next_hidden[i] = out[0] if isinstance(out, tuple) else out
-
-    def parts(self, layers, progress=list):
-        """In turn the names of those of `layers` that each part has. Its user runs it on all
-        batches, and what the last run returns is what the next block reads."""
-        inside = {m for block in self.blocks for m in block.modules()}
-        outside = [name for name, layer in layers.items() if layer not in inside]
-        del inside  # it would keep them all
-        parts = [*self.blocks, None] if outside else self.blocks
-        for at, block in enumerate(progress(parts)):
-            self.at = at
-            yield outside if block is None else _names_inside(block, layers)
-            self.hidden, self.next_hidden = self.next_hidden, self.hidden
+        args, kwargs, self.masks = self.calls[i]
+        self.model(*args, **kwargs)
 
     def tokens(self, layer, x):
         """What `layer` reads, (..., in), as (tokens, in), without what the mask leaves out."""
-        mask = self.masks[self.decodes(layer, x)]
+        mask = self.masks[self.decodes(layer, x)]  # of the encoder's inputs, or the decoder's
         x = x.reshape(-1, x.shape[-1])
         return x if mask is None or len(mask) != len(x) else x[mask.to(x.device)]
 
 
-def _names_inside(block, layers):
-    modules = {*block.modules()}
-    return [name for name, layer in layers.items() if layer in modules]
-
-
-def _unknown(x):
-    return torch.full_like(x, math.nan) if isinstance(x, Tensor) and x.is_floating_point() else x
-
-
-def _same(a, b):
-    """Whether nested structures have equal tensors."""
-    a, b = ([x for x in tree_leaves(M) if isinstance(x, Tensor)] for M in (a, b))
-    return len(a) == len(b) and all(map(torch.equal, a, b))
-
-
-def _blocks(model):
-    """The layers of a transformer: of its lists of modules the one with the most weights. None
-    where a module has two places, as H would be that of one."""
-
-    def size(blocks):
-        return sum(p.numel() for p in blocks.parameters())
-
-    places = [m for _, m in model.named_modules(remove_duplicate=False) if [*m.parameters(False)]]
-    if _has_encoder(model) or len(places) > len({*places}):
-        return []
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    blocks = [*max(lists, key=size, default=())]
-    return [] if any(isinstance(block, nn.Linear) for block in blocks) else blocks
-
-
-def _patch(stack, module, forward):
-    """module.forward = forward, until `stack` is closed."""
-    if "forward" in vars(module):  # of accelerate's, say
-        stack.callback(setattr, module, "forward", module.forward)
-    else:
-        stack.callback(delattr, module, "forward")
-    module.forward = forward
+WAY = _Walk  # for the batches of apply_quailora; section 9 puts a longer one here
 
 
 def _arguments(batch, model):
@@ -933,7 +806,7 @@ def _arguments(batch, model):
     all, of its inputs and of a decoder that reads an encoder."""
     if not isinstance(batch, Mapping | tuple | list | Tensor):
         raise ValueError(f"expected a list of batches, found {type(batch).__name__} in it")
-    device = next((p.device for p in model.parameters() if not p.is_meta), "cpu")
+    device = _device(model)
     batch = dict(batch) if isinstance(batch, Mapping) else batch
     batch = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
     if not isinstance(batch, dict):
@@ -944,6 +817,10 @@ def _arguments(batch, model):
     masks = [batch.get(key) for key in ("attention_mask", "decoder_attention_mask")]
     masks = [None if m is None or m.ndim != 2 or m.all() else m.bool().view(-1) for m in masks]
     return (), batch, masks
+
+
+def _device(model):
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def _has_encoder(model):
@@ -1449,6 +1326,159 @@ def _levels(base):
     return torch.arange(-127, 128) / 127 if base.bits == 8 else normal_float(base.bits, device)
 
 
+# ----------------------------------------- 9  Block by block, and each on what those before it left
+
+
+class _Stop(Exception):
+    """A run of the model need not go on, or its blocks are no chain."""
+
+
+class _BlockWalk(_Walk):
+    """First through the blocks of a model, each on the hidden states that the one before it made,
+    then through what is outside of them. As a whole, if blocks do more than hand those on."""
+
+    def __init__(self, model, batches, stack):
+        super().__init__(model, batches, stack)
+        self.blocks, self.at = _blocks(model), 0  # the present part
+        self.hidden = []  # batch -> what the present block reads
+        self.block_calls = []  # batch, block -> args, kwargs that it is called with beside that
+        try:
+            if self.blocks and self.calls:
+                self._check()
+            for i in range(len(self.calls) if self.blocks else 0):
+                x, calls, _ = self._recorded(i, lambda k, forward, x, *others: x)
+                self.hidden.append(x)
+                self.block_calls.append(calls)
+        except _Stop:
+            self.blocks = []
+        others = torch.tensor(float(not self.blocks), device=_device(model))
+        if _summed(others, "the walk"):  # in some process: all go one way
+            self.blocks, self.hidden = [], []
+        self.next_hidden = [None] * len(self.calls)
+
+    def _check(self):
+        """_Stop unless, in the first batch, each block reads what the one before returned, and
+        nothing but what the last one returns depends on it."""
+        made, last = None, len(self.blocks) - 1
+
+        def run(k, forward, x, args, kwargs):
+            nonlocal made
+            if made is not None and not _same(x, made):
+                raise _Stop
+            out = forward(x.clone(), *args, **kwargs)
+            self.more = out[1:] if type(out) is tuple else None  # what else it returns
+            out = out if self.more is None else out[0]
+            if not isinstance(out, Tensor) or out.shape != x.shape:
+                raise _Stop
+            made = out.clone()
+            return out
+
+        _, *ran = self._recorded(0, run)
+        self.more = tree_map(_unknown, self.more)
+        _, *handed_on = self._recorded(0, lambda k, forward, x, *others: made if k == last else x)
+        if not _same(ran, handed_on):
+            raise _Stop
+
+    def _recorded(self, i, returned):
+        """Batch i, with returned(k, forward, x, args, kwargs) for the hidden states that block k
+        returns: those that the first reads, what else each is called with, what the model makes."""
+        first, calls = [], []
+
+        def call(k, forward, *args, **kwargs):
+            if k != len(calls) or not args or not isinstance(args[0], Tensor):
+                raise _Stop
+            x, *rest = args
+            if k == 0:
+                first.append(x.clone())
+            calls.append((rest, kwargs))
+            return self._as_returned(returned(k, forward, x, rest, kwargs))
+
+        made = self._run_model(i, call)
+        if len(calls) < len(self.blocks):
+            raise _Stop
+        return first[0], calls, made
+
+    def _as_returned(self, x):
+        return x if self.more is None else (x, *self.more)
+
+    def _run_model(self, i, call):
+        """The model on batch i, with call(k, forward, ...) in place of block k."""
+        args, kwargs, self.masks = self.calls[i]
+        with contextlib.ExitStack() as stack:
+            for k, block in enumerate(self.blocks):
+                _patch(stack, block, partial(call, k, block.forward))
+            return self.model(*args, **kwargs)
+
+    def run(self, i):
+        """The present part on batch i."""
+        if not self.blocks:
+            return self._run_model(i, None)
+        x = self.hidden[i].clone()  # who writes to it does not write to ours
+        if self.at == len(self.blocks):
+
+            def call(k, forward, read, *args, **kwargs):
+                return self._as_returned(x if k == self.at - 1 else read)
+
+            return self._run_model(i, call)
+        (args, kwargs), self.masks = self.block_calls[i][self.at], self.calls[i][2]
+        out = self.blocks[self.at].forward(x, *args, **kwargs)
+        self.next_hidden[i] = out[0] if isinstance(out, tuple) else out
+
+    def parts(self, layers, progress=list):
+        """In turn the names of those of `layers` that each part has. Its user runs it on all
+        batches, and what the last run returns is what the next block reads."""
+        inside = {m for block in self.blocks for m in block.modules()}
+        outside = [name for name, layer in layers.items() if layer not in inside]
+        del inside  # it would keep them all
+        parts = [*self.blocks, None] if outside else self.blocks
+        for at, block in enumerate(progress(parts)):
+            self.at = at
+            yield outside if block is None else _names_inside(block, layers)
+            self.hidden, self.next_hidden = self.next_hidden, self.hidden
+
+
+def _names_inside(block, layers):
+    modules = {*block.modules()}
+    return [name for name, layer in layers.items() if layer in modules]
+
+
+def _unknown(x):
+    return torch.full_like(x, math.nan) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _same(a, b):
+    """Whether nested structures have equal tensors."""
+    a, b = ([x for x in tree_leaves(M) if isinstance(x, Tensor)] for M in (a, b))
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+def _blocks(model):
+    """The layers of a transformer: of its lists of modules the one with the most weights. None
+    where a module has two places, as H would be that of one."""
+
+    def size(blocks):
+        return sum(p.numel() for p in blocks.parameters())
+
+    places = [m for _, m in model.named_modules(remove_duplicate=False) if [*m.parameters(False)]]
+    if _has_encoder(model) or len(places) > len({*places}):
+        return []
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    blocks = [*max(lists, key=size, default=())]
+    return [] if any(isinstance(block, nn.Linear) for block in blocks) else blocks
+
+
+def _patch(stack, module, forward):
+    """module.forward = forward, until `stack` is closed."""
+    if "forward" in vars(module):  # of accelerate's, say
+        stack.callback(setattr, module, "forward", module.forward)
+    else:
+        stack.callback(delattr, module, "forward")
+    module.forward = forward
+
+
+WAY = _BlockWalk
+
+
 @torch.no_grad()
 def apply_sequentially(
     model, batches, rank=64, alpha=16, bits=4, init="quailora", steps=20, skip=(), progress=list,
@@ -1467,7 +1497,7 @@ def apply_sequentially(
         raise ValueError(f"a sequential start needs a method that uses data, not {init!r}")
     done, order = {}, [*layers]
     with _evaluating(model) as stack:
-        full = _Walk(_body(model), batches, stack)
+        full = WAY(_body(model), batches, stack)
         ours = copy.copy(full)  # the same in the model as initialized so far
         ours.hidden, ours.next_hidden = [*full.hidden], [*full.next_hidden]
         for names, _ in zip(full.parts(layers, progress), ours.parts(layers), strict=True):
@@ -1559,7 +1589,7 @@ def _shifted(layer, H, D):
     return linear
 
 
-# ---------------------------------------- 9  QA-LoRA: an adapter that merges into the zero points
+# ----------------------------------------- 10  QA-LoRA: an adapter that merges into the zero points
 
 
 class GroupedWeight(QuantizedWeight):
@@ -1791,7 +1821,7 @@ def _q4_1(base, rows, name):
     return torch.cat([halves.view(torch.uint8), packed], -1).view(out, -1)
 
 
-# --------------------------------------- 10  The model you already have: the adapter that peft made
+# --------------------------------------- 11  The model you already have: the adapter that peft made
 
 
 @torch.no_grad()
@@ -1838,7 +1868,7 @@ def initialize_peft(
                 start_layer(name, H and H[name])
         else:
             with _calibrating(body, adapters_on=False) as stack:
-                walk = _Walk(body, batches, stack)
+                walk = WAY(body, batches, stack)
                 for names in walk.parts(modules, progress):
                     part = {name: modules[name] for name in names}
                     for adapters_on in passes:
