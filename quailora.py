@@ -1496,6 +1496,14 @@ def apply_sequentially(
     if not INITS[init].needs_data:
         raise ValueError(f"a sequential start needs a method that uses data, not {init!r}")
     done, order = {}, [*layers]
+
+    def start_layer(layer, H, D):
+        with _in_memory(layer):
+            new = start(_shifted(layer, H, D), H)
+            new.base.dtype, new.kind = layer.weight.dtype, type(layer)
+        new.own_base = bits < 16
+        return new
+
     with _evaluating(model) as stack:
         full = WAY(_body(model), batches, stack)
         ours = copy.copy(full)  # the same in the model as initialized so far
@@ -1505,11 +1513,7 @@ def apply_sequentially(
             while len(started) < len(part):
                 readers, H, D = _next_readers(full, ours, part, started)
                 for name in readers:
-                    layer = part[name]
-                    with _in_memory(layer):
-                        new = start(_shifted(layer, H, D), H)
-                        new.base.dtype, new.kind = layer.weight.dtype, type(layer)
-                    new.own_base, done[name] = bits < 16, new
+                    done[name] = new = start_layer(part[name], H, D)
                     weight = new.merged_weight().to(new.base.dtype)  # unrounded once, for all runs
                     started[name] = partial(nn.functional.linear, weight=weight, bias=new.bias)
             for i in range(len(full.calls)):
@@ -1518,7 +1522,6 @@ def apply_sequentially(
                     ours.run(i)
             for name in names:
                 _replace(model, part.pop(name), done[name])
-            del layer
     _load_offloaded(model)
     _freeze_base(model)
     return [_row(name, done[name], True, done[name].report) for name in order]

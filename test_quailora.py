@@ -1555,6 +1555,21 @@ def test_a_vision_transformer_works_too():
     assert all(layer.lora_A.grad.any() for layer in lora_layers(vit).values())
 
 
+@pytest.mark.parametrize("call", [apply_quailora, apply_sequentially])
+def test_a_block_that_is_skipped_is_gone_through(call):
+    """The next one reads what it makes, in full precision."""
+    model, batches = tiny("llama"), token_batches()
+    H = input_correlations(model, batches)
+    rows = call(model, batches, rank=8, skip="model.layers.0")
+    assert len(rows) == 7 and all(row["name"].startswith("model.layers.1.") for row in rows)
+    other = tiny("llama")
+    expected = apply_quailora(other, None, rank=8, H=H, skip="model.layers.0")
+    name = "model.layers.1.self_attn.q_proj"  # which reads the same in both kinds of start
+    q, other_q = model.get_submodule(name), other.get_submodule(name)
+    assert (q.merged_weight() - other_q.merged_weight()).norm() < 1e-4 * q.merged_weight().norm()
+    assert len(expected) == 7
+
+
 def test_a_block_is_skipped_with_all_that_is_in_it():
     """By its name, as a layer is."""
     model = tiny("llama")
