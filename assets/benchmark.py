@@ -19,7 +19,6 @@ import multiprocessing
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from functools import cache, partial
 from importlib.util import find_spec
@@ -458,32 +457,27 @@ WAYS += ("initialize_peft",)
 
 
 def start_whole(way: str, folder: str, tokens: tuple[int, int], vocabulary: int) -> dict:
-    """Seconds of a start, and the most memory it held, with the model but not the files it maps."""
+    """Seconds of a start, and the most memory it held beyond the libraries, with the model."""
     from transformers import AutoModelForCausalLM
 
     batches = random_tokens(CPU, *tokens, vocabulary).split(2)
     options = {"device_map": {"": "disk"}} if "disk" in way else {}
-    peak, done = [resident_mb("RssAnon")], threading.Event()
-
-    def watch():
-        while not done.wait(0.01):
-            peak.append(max(peak.pop(), resident_mb("RssAnon")))
-
-    threading.Thread(target=watch, daemon=True).start()
-    began = time.perf_counter()
     load = partial(AutoModelForCausalLM.from_pretrained, folder, dtype=torch.float32, **options)
-    model = peft_model(load) if way == "initialize_peft" else load()
-    if way == "initialize_peft":
-        quailora.initialize_peft(model, batches)
-    elif way == "all H at once":
-        H = quailora.input_correlations(model, batches)
-        quailora.apply_quailora(model, None, RANK, H=H)
-    elif "sequential" in way:
-        quailora.apply_sequentially(model, batches, RANK)
-    else:
-        quailora.apply_quailora(model, batches, RANK)
-    done.set()
-    return {"a start": way, "seconds": time.perf_counter() - began, "peak MB": peak[0]}
+
+    def start():
+        model = peft_model(load) if way == "initialize_peft" else load()
+        if way == "initialize_peft":
+            quailora.initialize_peft(model, batches)
+        elif way == "all H at once":
+            H = quailora.input_correlations(model, batches)
+            quailora.apply_quailora(model, None, RANK, H=H)
+        elif "sequential" in way:
+            quailora.apply_sequentially(model, batches, RANK)
+        else:
+            quailora.apply_quailora(model, batches, RANK)
+
+    peak, seconds = peak_mb(seconds_of, start)
+    return {"a start": way, "seconds": seconds, "peak MB": peak}
 
 
 def memory_costs():
