@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: MIT
 """initialize_peft on SmolLM2-135M in NF4: validation perplexity, in the setting of train.py, with
-the H of the rounded model, the H of the model so started (initialize_peft takes both in turn), and
-the H of the model in full precision (the paper).
+the H of the rounded model, as initialize_peft gathers it, and with the H of the model in full
+precision (the paper).
 
     python assets/in_place.py [DATA ...]        DATA as for train.py; 5 minutes each on 2 cores
 """
 
 import math
 import sys
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -36,8 +35,8 @@ def first_pass(model, batches) -> dict:
     """H of the rounded model."""
     model = model.get_base_model()
     modules = {name: layer.module for name, layer in quailora._peft_layers(model).items()}
-    alone = partial(quailora._calibrating, adapters_on=False)
-    return quailora._correlations(model.base_model, modules, batches, math.inf, alone)
+    with quailora._calibrating(model, adapters_on=False) as stack:
+        return quailora._correlations(modules, quailora._Walk(model.base_model, batches, stack))
 
 
 def main() -> None:
