@@ -789,7 +789,7 @@ class _Walk:
     def run(self, i):
         """The present part on batch i."""
         args, kwargs, self.masks = self.calls[i]
-        self.model(*args, **kwargs)
+        return self.model(*args, **kwargs)
 
     def tokens(self, layer, x):
         """What `layer` reads, (..., in), as (tokens, in), without what the mask leaves out."""
@@ -1403,16 +1403,15 @@ class _BlockWalk(_Walk):
 
     def _run_model(self, i, call):
         """The model on batch i, with call(k, forward, ...) in place of block k."""
-        args, kwargs, self.masks = self.calls[i]
         with contextlib.ExitStack() as stack:
             for k, block in enumerate(self.blocks):
                 _patch(stack, block, partial(call, k, block.forward))
-            return self.model(*args, **kwargs)
+            return super().run(i)
 
     def run(self, i):
         """The present part on batch i."""
         if not self.blocks:
-            return self._run_model(i, None)
+            return super().run(i)
         x = self.hidden[i].clone()  # who writes to it does not write to ours
         if self.at == len(self.blocks):
 
@@ -1837,9 +1836,9 @@ def initialize_peft(
     Q is what the base does to the identity. W comes from `weights`, one layer at a time: a folder,
     a Hub id, or a full-precision model; None is where the base was loaded from. X is nearly the one
     in full precision that the paper takes: each block is started twice, from what its layers read
-    with its adapters off, and then on, behind the blocks started before it. batches, H
-    (by names in the base model), floor, progress, and the rows returned: as for `apply_quailora`,
-    but errors are over || (W - Q) X ||.
+    with its adapters off, and then on, behind the blocks started before it. batches, H (by names in
+    the base model), floor, progress, and the rows returned: as for `apply_quailora`, but errors are
+    over || (W - Q) X ||.
 
     Needs transformers 5 and accelerate. Raises ValueError, with the model as it was, also for
     variants of LoRA (DoRA), an init that chooses Q (loftq, cloq, joint), and a W that is missing or

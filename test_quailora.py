@@ -2947,6 +2947,12 @@ def recorded(model, batches):
     return found
 
 
+def assert_alike(ours, expected):
+    """What `recorded` found, twice."""
+    for M, other in zip(itertools.chain(*expected), itertools.chain(*ours), strict=True):
+        assert torch.allclose(other, M, atol=1e-4 * float(M.abs().max()))
+
+
 @pytest.mark.parametrize("family", TEXT_MODELS)
 def test_padding_does_not_count_in_a_sequential_start(family):
     """The same W and H reach each layer, however much padding the batches have."""
@@ -2954,8 +2960,7 @@ def test_padding_does_not_count_in_a_sequential_start(family):
     padded = [{key: F.pad(x, (0, 7)) for key, x in batch.items()} for batch in batches]
     expected, ours = (recorded(tiny(family), given) for given in (batches, padded))
     assert len(ours) == 2 * LAYERS_PER_BLOCK[family]
-    for M, other in zip(itertools.chain(*expected), itertools.chain(*ours), strict=True):
-        assert torch.allclose(other, M, atol=1e-4 * float(M.abs().max()))
+    assert_alike(ours, expected)
 
 
 def test_autocast_does_not_reach_a_sequential_start():
@@ -3011,12 +3016,7 @@ def test_a_sequential_start_is_the_same_however_the_batches_are_cut(family):
     ]
     expected = recorded(tiny(family), [{"input_ids": ids}])
     for batches in (cut, masked):
-        for M, other in zip(
-            itertools.chain(*expected),
-            itertools.chain(*recorded(tiny(family), batches)),
-            strict=True,
-        ):
-            assert torch.allclose(other, M, atol=1e-4 * float(M.abs().max()))
+        assert_alike(recorded(tiny(family), batches), expected)
 
 
 def test_other_rows_in_full_precision_and_as_initialized_are_refused():
@@ -3048,8 +3048,7 @@ def test_padding_does_not_count_beside_a_decoder_either(kind, which):
     batch[which] = batch[which][:, :13]
     expected, ours = (recorded(encoder_decoder(kind), [given]) for given in (batch, padded))
     assert len(ours) == 32
-    for M, other in zip(itertools.chain(*expected), itertools.chain(*ours), strict=True):
-        assert torch.allclose(other, M, atol=1e-4 * float(M.abs().max()))
+    assert_alike(ours, expected)
 
 
 # ------------------------------------------------------------------------------------ 7  QA-LoRA
@@ -4623,11 +4622,8 @@ def test_no_model_of_default_size_is_made_for_another_family(full_folder, monkey
 @pytest.mark.parametrize("after", [0, 1, 6, 13, 23])
 def test_an_exception_leaves_a_peft_model_as_it_was(after, full_folder, monkeypatch):
     """After so many of the 24 starts of 12 layers, in two blocks twice each."""
-    model, start, left = (
-        adapted(full_folder("opt")).train(),
-        quailora._restarted,
-        iter(range(after)),
-    )
+    model, start = adapted(full_folder("opt")).train(), quailora._restarted
+    left = iter(range(after))
 
     def started(*args):
         if next(left, None) is None:
