@@ -5592,7 +5592,8 @@ def test_a_split_that_needs_all_h_is_refused_without(options, tmp_path, capsys):
 
 def test_another_split_is_the_same_function(llama_folder, tmp_path, ran):
     """Step 0 is that of the default, and training departs from there; LoRA+ starts as it does."""
-    methods = ["quailora", *(f"quailora-{variant}" for variant in compare.VARIANTS)]
+    variants = compare.VARIANTS.keys() - {"half"}
+    methods = ["quailora", *(f"quailora-{variant}" for variant in variants)]
     arguments = ["--model", str(llama_folder), *TINY_RUN, "--out", str(tmp_path), "--methods"]
     compare.main([*arguments, *methods])
     curves = [run["perplexity"] for run in runs_in(tmp_path)[: len(methods)]]
@@ -5614,6 +5615,30 @@ def test_how_another_split_shares_the_product(variant):
         if variant == "white":
             left, right = A @ H[name] @ A.T, torch.eye(4) * H[name].trace() / 4
         assert (left - right).norm() < 1e-3 * right.norm()
+
+
+def test_of_a_half_start_half_is_trained(llama_folder, tmp_path, ran):
+    """The first rows are the start of half the rank, and stay; the others start at lora_B = 0.
+    Also in a run that goes on from the start of another."""
+    arguments = ["--model", str(llama_folder), *TINY_RUN, "--methods"]
+    compare.main([*arguments, "quailora", "--rank", "2", "--out", str(tmp_path / "two")])
+    whole = [*arguments, "quailora-half", "--rank", "4", "--out", str(tmp_path / "half")]
+    compare.main([*whole, "--sweep", "1e-3", "1e-2"])
+    (two, *_), (half, *_) = runs_in(tmp_path / "two"), runs_in(tmp_path / "half")
+    assert half["perplexity"][0][1] == pytest.approx(two["perplexity"][0][1], rel=1e-5)
+    folders = [*(tmp_path / "half/runs").glob("*half")]
+    (begun,) = (folder for folder in folders if "start" in folder.name)
+    start, *ends = (
+        load_safetensors((folder / "adapter_model.safetensors").read_bytes())
+        for folder in [begun / "start", *(f / "adapter" for f in folders if f != begun)]
+    )
+    assert len(ends) == 2
+    for end in ends:
+        for name, before in start.items():
+            rows, after = before.T if ".lora_B." in name else before, end[name]
+            after = after.T if ".lora_B." in name else after
+            assert torch.equal(rows[:2], after[:2]) and not torch.equal(rows[2:], after[2:])
+            assert rows[2:].any() == (".lora_A." in name)
 
 
 def test_a_sweep_starts_each_method_once(llama_folder, tmp_path, ran):

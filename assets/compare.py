@@ -9,7 +9,6 @@ be gone on with by --resume, and the figures.
 """
 
 import argparse
-import contextlib
 import functools
 import json
 import math
@@ -20,6 +19,7 @@ import shutil
 import statistics
 import sys
 import unittest.mock
+from contextlib import ExitStack
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -44,10 +44,12 @@ VARIANTS = {  # INIT-VARIANT: of the start's split into lora_A and lora_B, or of
     "equal": "equal norms",  # as in (4) of the paper
     "white": "white lora_A",  # the adapter's inputs, lora_A x, are uncorrelated and of one variance
     "plus": "LoRA+",  # arXiv 2402.12354
+    "half": "half of it frozen",  # half the rows repair and are not trained, half start at random
 }
 NAMES = [*train.METHODS, *(f"qa-{init}" for init in train.METHODS)]
 NAMES += [f"{init}-{variant}" for init in train.METHODS for variant in VARIANTS]
 NAMES = [name for name in NAMES if name not in ("qlora-equal", "peft-equal", "peft-white")]
+NAMES = [name for name in NAMES if name not in ("qlora-half", "peft-half")]
 VARIED = ("bits", "calibration_data", "init", "lr", "method", "rank", "seed", "steps", "variant")
 
 
@@ -59,7 +61,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--methods", nargs="+", default=["qlora", "peft", "svd", "loftq", "quailora"],
         choices=NAMES, metavar="INIT", help="the baseline first; INIT, qa-INIT for it with "
         "--method qa-lora, or INIT-VARIANT: equal (factors of equal norm), white (lora_A x of one "
-        "variance) or plus (LoRA+: lora_A at 1/16 of the rate); default: %(default)s")
+        "variance), plus (LoRA+: lora_A at 1/16 of the rate) or half (half the rows repair and are "
+        "frozen); default: %(default)s")
     add("--seeds", type=int, default=1, help="seeds 0, 1, ... of each; default: 1")
     add("--sweep", type=float, nargs="+", default=[], metavar="LR", help="also each at the best of "
         "these rates, chosen on sequences that are neither trained nor validated on")
@@ -169,9 +172,33 @@ def varied(variant: str | None):
         trainer.optimizer = torch.optim.AdamW(groups, weight_decay=0)
         return trainer.optimizer
 
-    changes = {"plus": (transformers.Trainer, "create_optimizer", slow_lora_A)}
-    change = changes.get(variant, (quailora, "apply_quailora", split_anew))
-    return unittest.mock.patch.object(*change) if variant else contextlib.nullcontext()
+    def half(E, H, rank, steps, solve):
+        A, B = solve(E, H, rank=rank // 2, steps=steps)
+        more = rank - rank // 2
+        A = torch.cat([A, A.new_zeros(len(A), more)], 1)
+        return A, torch.cat([B, B.new_empty(len(B), more).normal_()], 1)
+
+    def frozen_half(trainer, model=None):
+        for layer in quailora.lora_layers(trainer.model).values():
+            trained = torch.arange(layer.rank, device=layer.lora_A.device) >= layer.rank // 2
+            layer.lora_A.register_hook(trained[:, None].mul)
+            layer.lora_B.register_hook(trained.mul)
+        return create(trainer)
+
+    create, patch, stack = transformers.Trainer.create_optimizer, unittest.mock.patch, ExitStack()
+    optimizers = {"plus": slow_lora_A, "half": frozen_half}
+    if variant in optimizers:
+        change = transformers.Trainer, "create_optimizer", optimizers[variant]
+        stack.enter_context(patch.object(*change))
+    if variant == "half":
+        halves = {
+            init: method._replace(solve=functools.partial(half, solve=method.solve))
+            for init, method in quailora.INITS.items()
+        }
+        stack.enter_context(patch.dict(quailora.INITS, halves))
+    if variant in ("equal", "white"):
+        stack.enter_context(patch.object(quailora, "apply_quailora", split_anew))
+    return stack
 
 
 def in_process(title: str, action, job: argparse.Namespace, **arguments) -> None:
