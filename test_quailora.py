@@ -5769,6 +5769,9 @@ def test_tasks_go_on_and_score_nothing_twice(llama_folder, tmp_path, capsys, mon
     (full, start), scored_now = first.values(), len(scored)
     assert start != full and scored_now == 1
     assert [row[0] for row in shown[-3:]] == ["full precision", "start", "end"]
+    tasks.main([*arguments, f"start={run}/start", f"end={run}/adapter", "--reference", "end"])
+    shown = table_rows(capsys.readouterr().out)
+    assert [row[0] for row in shown[-2:]] == ["end", "start"] and shown[-2][7] == "0.0% ± 0.0%"
     other = shutil.copy(file, tmp_path / "other.jsonl")
     tasks.main([*arguments, str(other)])
     _, together = capsys.readouterr().out.split("### together")
@@ -5776,6 +5779,9 @@ def test_tasks_go_on_and_score_nothing_twice(llama_folder, tmp_path, capsys, mon
     file.write_text(file.read_text().replace("Where?", "When?"))
     tasks.main(arguments)
     assert len(scored) == scored_now + 1, "questions of another text are others"
+    with pytest.raises(SystemExit, match="2"):
+        tasks.main([*arguments, "--reference", "end"])
+    assert "--reference end: not one of ['full precision']" in capsys.readouterr().err
     for content, message in {
         '{"context": "Who?", "choices": ["I"], "answer": 1}': "question 1 lacks",
         '{"context": "", "choices": ["I"], "answer": 0}': "question 1 lacks",

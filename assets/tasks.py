@@ -5,9 +5,10 @@
       QLoRA=runs/qlora/start QuAILoRA=runs/mine/start tuned=runs/mine/adapter
 
 A line of a file is {"context": ..., "choices": [...], "answer": index}. A run is the folder that
-save_adapter wrote, with base/ beside it if it has a base of its own. The model in full precision
-goes first, and the first run is what others are compared with. Scored as lm-eval does, by a
-choice's log-likelihood after the context. --out keeps these, to be computed once.
+save_adapter wrote, with base/ beside it if it has a base of its own. Flips are counted from the
+reference, and gaps are closed from the first run to it: the model in full precision, or another
+run. Scored as lm-eval does, by a choice's log-likelihood after the context. --out keeps these, to
+be computed once.
 """
 
 import argparse
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train  # noqa: E402
 
+FULL = "full precision"
 MEASURES = ("accuracy", "normalized", "log-probability", "flips")
 
 
@@ -35,6 +37,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--model", default="smollm2-135m", help="as for train.py; default: %(default)s")
     add("--out", type=Path, default=Path("tasks.json"), help="default: %(default)s")
     add("--limit", type=int, help="the first so many questions of each file; default: all")
+    add("--reference", default=FULL, metavar="NAME", help="default: %(default)s, not trained")
     # fmt: on
     args = parser.parse_intermixed_args(argv)
     args.runs = dict(given.split("=", 1) for given in args.given if "=" in given)
@@ -86,12 +89,12 @@ def log_likelihoods(model, tokenizer, questions: list[dict], tokens=512) -> list
     return found
 
 
-def measured(scores: list, full: list, questions: list[dict]) -> np.ndarray:
+def measured(scores: list, reference: list, questions: list[dict]) -> np.ndarray:
     """(questions, MEASURES): whether the likeliest choice is right, the same by the likelihood per
     character, the log-probability of the right one among the choices, and whether the likeliest
-    differs from that of full precision."""
+    differs from the reference's."""
     rows = []
-    for ours, theirs, question in zip(scores, full, questions, strict=True):
+    for ours, theirs, question in zip(scores, reference, questions, strict=True):
         answer, ours = question["answer"], np.array(ours)
         lengths = [len(choice) for choice in question["choices"]]
         right = [ours.argmax() == answer, (ours / lengths).argmax() == answer]
@@ -101,8 +104,8 @@ def measured(scores: list, full: list, questions: list[dict]) -> np.ndarray:
 
 
 def table(found: dict[str, np.ndarray]) -> list[str]:
-    """Means, and how much of the gap from the first run to full precision is closed, where that gap
-    is over two standard errors; errors by drawing the same questions with replacement for all."""
+    """Means, and how much of the gap from the second of `found` to the first is closed, where it is
+    over two standard errors; errors by drawing the same questions with replacement for all."""
     full, base = ([*found] * 2)[:2]  # the same without a run
     n, random = len(found[full]), np.random.default_rng(0)
     draws = random.integers(n, size=(1000, n))
@@ -130,9 +133,11 @@ def table(found: dict[str, np.ndarray]) -> list[str]:
 
 def score(args: argparse.Namespace) -> None:
     train.require(args.files, "give a file of questions")
+    names = [FULL, *args.runs]
+    train.require(args.reference in names, f"--reference {args.reference}: not one of {names}")
     tasks = {str(file): read_questions(file, args.limit) for file in args.files}
     known = json.loads(args.out.read_text()) if args.out.exists() else {}
-    found = {name: {} for name in ("full precision", *args.runs)}
+    found = {name: {} for name in (args.reference, *args.runs)}
     for name, scores in found.items():
         folder, model = args.runs.get(name), None
         for task, questions in tasks.items():
@@ -145,14 +150,16 @@ def score(args: argparse.Namespace) -> None:
                         train.load_adapter(model, Path(folder))
                 known[key] = log_likelihoods(model, tokenizer, questions)
                 train.write_json(args.out, known)
-            full = known[key] if name == "full precision" else found["full precision"][task][0]
-            scores[task] = known[key], measured(known[key], full, questions)
-    for task in tasks:
-        rows = {name: scores[task][1] for name, scores in found.items()}
-        print(f"\n### {task}\n", *table(rows), sep="\n")
+            scores[task] = known[key]
+    parts = {task: [task] for task in tasks}
     if len(tasks) > 1:
-        rows = {name: np.concatenate([x for _, x in of.values()]) for name, of in found.items()}
-        print("\n### together\n", *table(rows), sep="\n")
+        parts["together"] = [*tasks]
+    for title, part in parts.items():
+        questions = [question for task in part for question in tasks[task]]
+        scores = {name: [x for task in part for x in of[task]] for name, of in found.items()}
+        reference = scores[args.reference]
+        rows = {name: measured(ours, reference, questions) for name, ours in scores.items()}
+        print(f"\n### {title}\n", *table(rows), sep="\n")
 
 
 def main(argv=None) -> None:
