@@ -5749,6 +5749,11 @@ def test_the_gap_closed_is_in_pairs():
     found["base"] = full.copy()
     found["base"][0] = 0
     assert "±" not in "".join(tasks.table(found)[4].split("|")[3::2]), "the gap is not certain"
+    found["base"][:5] = 0
+    found["half"] = found["base"].copy()
+    found["half"][:3] = 1
+    share = table_rows("\n".join(tasks.table(found)))[4][2]
+    assert re.fullmatch(r"60% ± 2\d%", share), "in some draws the gap is 0"
 
 
 def test_tasks_go_on_and_score_nothing_twice(llama_folder, tmp_path, capsys, monkeypatch):
