@@ -5583,12 +5583,13 @@ def test_the_runs_in_assets_are_gone_on_with(file, tmp_path, ran, monkeypatch):
 
 
 @pytest.mark.parametrize("options", ["--sequential", "--method qa-lora"])
-def test_a_split_that_needs_all_h_is_refused_without(options, tmp_path, capsys):
-    """It would be the plain one under another name."""
-    arguments = ["--methods", "quailora-white", "--out", str(tmp_path), *options.split()]
+@pytest.mark.parametrize("variant", ["white", "half"])
+def test_a_split_is_refused_where_it_would_be_another(variant, options, tmp_path, capsys):
+    """One that needs all H without them, or halves where the rows of a start are mixed."""
+    arguments = ["--methods", f"quailora-{variant}", "--out", str(tmp_path), *options.split()]
     with pytest.raises(SystemExit, match="2"):
         compare.main(arguments)
-    assert "'quailora-white']: not with" in capsys.readouterr().err
+    assert f"'quailora-{variant}']: not with" in capsys.readouterr().err
 
 
 def test_another_split_is_the_same_function(llama_folder, tmp_path, ran):
@@ -5749,7 +5750,9 @@ def test_the_gap_closed_is_in_pairs():
     found["base"] = full.copy()
     found["base"][0] = 0
     assert "±" not in "".join(tasks.table(found)[4].split("|")[3::2]), "the gap is not certain"
-    found["base"][:5] = 0
+    found["base"][:], found["full"][:10] = 1, 0
+    assert "±" not in table_rows("\n".join(tasks.table(found)))[4][2], "the reference is worse"
+    found["full"][:10], found["base"][:5] = 1, 0
     found["half"] = found["base"].copy()
     found["half"][:3] = 1
     share = table_rows("\n".join(tasks.table(found)))[4][2]

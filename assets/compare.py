@@ -49,7 +49,7 @@ VARIANTS = {  # INIT-VARIANT: of the start's split into lora_A and lora_B, or of
 NAMES = [*train.METHODS, *(f"qa-{init}" for init in train.METHODS)]
 NAMES += [f"{init}-{variant}" for init in train.METHODS for variant in VARIANTS]
 NAMES = [name for name in NAMES if name not in ("qlora-equal", "peft-equal", "peft-white")]
-NAMES = [name for name in NAMES if name not in ("qlora-half", "peft-half")]
+NAMES = [name for name in NAMES if not name.endswith("-half") or name == "quailora-half"]
 VARIED = ("bits", "calibration_data", "init", "lr", "method", "rank", "seed", "steps", "variant")
 
 
@@ -81,7 +81,7 @@ def check_options(args: argparse.Namespace) -> None:
     require(min([1, *args.ranks]) > 0, f"--ranks {args.ranks}: expected at least 1")
     require(min([1, *args.sweep]) > 0, f"--sweep {args.sweep}: expected positive rates")
     require(args.bits <= 4, f"--bits {args.bits}: expected 2, 3 or 4; 8 and 16 are the references")
-    split = [name for name in args.methods if name.endswith(("-equal", "-white"))]
+    split = [name for name in args.methods if name.endswith(("-equal", "-white", "-half"))]
     plain = not args.sequential and args.method == "lora"
     require(plain or not split, f"{split}: not with qa-lora, --sequential")
     require("RANK" not in os.environ, "give this to python, not to torchrun: it starts processes")
@@ -172,8 +172,8 @@ def varied(variant: str | None):
         trainer.optimizer = torch.optim.AdamW(groups, weight_decay=0)
         return trainer.optimizer
 
-    def half(E, H, rank, steps, solve):
-        A, B = solve(E, H, rank=rank // 2, steps=steps)
+    def half(E, H, rank, steps):
+        A, B = quailora.als_init(E, H, rank // 2, steps)
         more = rank - rank // 2
         A = torch.cat([A, A.new_zeros(len(A), more)], 1)
         return A, torch.cat([B, B.new_empty(len(B), more).normal_()], 1)
@@ -191,11 +191,8 @@ def varied(variant: str | None):
         change = transformers.Trainer, "create_optimizer", optimizers[variant]
         stack.enter_context(patch.object(*change))
     if variant == "half":
-        halves = {
-            init: method._replace(solve=functools.partial(half, solve=method.solve))
-            for init, method in quailora.INITS.items()
-        }
-        stack.enter_context(patch.dict(quailora.INITS, halves))
+        halved = quailora.Init(half, needs_data=True)
+        stack.enter_context(patch.dict(quailora.INITS, quailora=halved))
     if variant in ("equal", "white"):
         stack.enter_context(patch.object(quailora, "apply_quailora", split_anew))
     return stack

@@ -6,7 +6,7 @@
 
 A line of a file is {"context": ..., "choices": [...], "answer": index}. A run is the folder that
 save_adapter wrote, with base/ beside it if it has a base of its own. Flips are counted from the
-reference, and gaps are closed from the first run to it: the model in full precision, or another
+reference, and gaps are closed from the first other run to it: the model in full precision, or a
 run. Scored as lm-eval does, by a choice's log-likelihood after the context. --out keeps these, to
 be computed once.
 """
@@ -104,9 +104,9 @@ def measured(scores: list, reference: list, questions: list[dict]) -> np.ndarray
 
 
 def table(found: dict[str, np.ndarray]) -> list[str]:
-    """Means, and how much of the gap from the second of `found` to the first is closed, where it is
-    over two standard errors; errors by drawing the same questions with replacement for all, those
-    of shares half the width of the middle 68%."""
+    """Means, and how much of the gap from the second of `found` up to the first is closed, where it
+    is over two standard errors. Errors are by drawing the same questions with replacement for all,
+    those of shares half the width of the middle 68%."""
     full, base = ([*found] * 2)[:2]  # the same without a run
     n, random = len(found[full]), np.random.default_rng(0)
     draws = random.integers(n, size=(1000, n))
@@ -116,7 +116,7 @@ def table(found: dict[str, np.ndarray]) -> list[str]:
     drawn = {name: np.array([rows[draw].mean(0) for draw in draws]) for name, rows in found.items()}
 
     gap = means[full] - means[base]
-    certain = abs(gap) > 2 * (drawn[full] - drawn[base]).std(0)
+    certain = gap * [1, 1, 1, -1] > 2 * (drawn[full] - drawn[base]).std(0)
     for name in found:
         cells = []
         for i, measure in enumerate(MEASURES):
