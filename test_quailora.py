@@ -3784,7 +3784,9 @@ def check_scales(W, bits, group_size):
     base = quantize_groups(W, bits, group_size)
     assert torch.equal(base.absmax, base.absmax.half().float())
     exact = (W - rounded_exactly(W, bits, group_size)).norm()
-    assert (W - base.dequantize(torch.float64)).norm() <= 1.001 * exact
+    # 2^-11 off, a scale of 8 bits clips the largest of a group by 1/8 of a step
+    most = 1.003 if bits == 8 else 1.001
+    assert (W - base.dequantize(torch.float64)).norm() <= most * exact
 
 
 @settings(max_examples=30)
@@ -3792,7 +3794,7 @@ def check_scales(W, bits, group_size):
     st.sampled_from([2, 3, 4, 8]), st.sampled_from([32, 64, 128]), st.floats(-2, 3), generators()
 )
 def test_scales_of_groups_in_float16_cost_nothing(bits, group_size, size, generator):
-    """No error of rounding is 0.1% above that with exact scales, in float64."""
+    """No error of rounding is 0.1% above that with exact scales (8 bits: 0.3%), in float64."""
     check_scales(10**size * torch.randn(256, 1024, generator=generator), bits, group_size)
 
 
