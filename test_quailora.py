@@ -5512,8 +5512,9 @@ def check_tables(runs, table):
     assert titles == list(compare.methods_of(compare.parse_args([])))
     assert table[8] == ["", "0.001", "0.01"] and [row[0] for row in table[9:16]] == titles
     assert [row[1].split(" / ")[0] for row in table[9:16]] == [row[4] for row in table[1:8]]
-    assert all(", at 0.01" in row[0] for row in table[17:24])
-    assert [row[2].split(" / ")[0] for row in table[9:16]] == [row[4] for row in table[17:24]]
+    assert [row[:2] for row in table[17:24]] == [[title, "0.01"] for title in titles]
+    ends = [f"**{row[2]} / {row[4]}**" for row in table[17:24]]
+    assert [row[2] for row in table[9:16]] == ends
     assert table[25][1] == table[5][1] != table[26][1], "calibrated on the same and on another set"
     by_rank = table[-10:]
     named = [row[0].rpartition(", step ")[0] for row in by_rank]
@@ -5706,6 +5707,46 @@ def test_the_gap_closed_is_that_of_the_paper():
     # no gap where the reference is no better
     assert ours == "| ours | 17.000 ± 0.000 | 75% | 60% | 8.500 ± 0.707 | 75% |  | 3 + 2 | 5 |"
     assert " | 100% | 80% | 8.000" in eight and " | 125% | 100% | 10.000" in full
+
+
+def test_a_report_is_of_what_the_file_holds(tmp_path, capsys):
+    """Rates that were not run are empty, the best one is by the selection, and a gap is to the
+    seeds that both have."""
+
+    def run(bits, init, lr, seed, start, end, selection):
+        settings = {"bits": bits, "init": init, "lr": lr, "seed": seed, "steps": 9}
+        rest = {"layers": [], "seconds": {}, "peak_memory_mb": 5.0, "settings": settings}
+        return {"perplexity": [[0, start], [9, end]], "selection_perplexity": selection, **rest}
+
+    def tables(*runs):
+        (tmp_path / "results.json").write_text(json.dumps({"common": {}, "runs": runs}))
+        compare.main(["--report", str(tmp_path / "results.json")])
+        return table_rows(capsys.readouterr().out)
+
+    runs = [
+        run(4, "qlora", 2e-4, 1, 20, 16, 25),
+        run(4, "qlora", 2e-4, 0, 20, 18, 36),
+        run(4, "quailora", 2e-4, 0, 14, 10, 36),
+        run(4, "quailora", 1e-3, 0, 14, 12, 9),
+        run(8, "qlora", 2e-4, 0, 10, 8, 4),
+    ]
+    head, base, ours, eight, _, *best = tables(*runs)
+    assert head == ["", "0.0002", "0.001"] and base[1:] == ["**18.000 / 36.000**", ""]
+    assert ours[1:] == ["10.000 / 36.000", "**12.000 / 9.000**"]
+    assert best[0][1:4] == ["0.0002", "17.000 ± 1.414", ""]
+    assert best[1][1:6] == ["0.001", "12.000", "60%", "9.000", "84%"]
+    assert best[1][6:] == [f"{108**0.5:.3f}", f"{(648**0.5 - 108**0.5) / (648**0.5 - 32**0.5):.0%}"]
+    assert [row[0] for row in best] == ["QLoRA, 4 bits", "QuAILoRA, 4 bits", "QLoRA, 8 bits"]
+
+    full = run(16, "qlora", 2e-4, 0, 10, 9, 5)
+    _, base, ours, eight, _, *_ = tables(*runs, full)
+    assert base[1:5] == ["20.000 ± 0.000", "", "", "17.000 ± 1.414"]
+    assert ours[1:7] == ["14.000", "60%", "60%", "10.000", "80%", "89%"]
+
+    assert [row[2:4] for row in tables(runs[0])[-1:]] == [["16.000", ""]]
+    with pytest.raises(SystemExit, match="2"):
+        tables()
+    assert "results.json could not be read: no runs" in capsys.readouterr().err
 
 
 QUESTIONS = [

@@ -2,10 +2,11 @@
 """Compare starts of an adapter on the same terms: tables, figures. Takes train.py's options too.
 
     python assets/compare.py --methods qlora quailora --seeds 2 --ranks 8 64 --out runs/mine
+    python assets/compare.py --report assets/compare-python.json
 
 Each run is a process of its own, on the same data in the same order; calibration and evaluation
 in full precision are done once. --out holds what is finished (results.json), the rest (runs/), to
-be gone on with by --resume, and the figures.
+be gone on with by --resume, and the figures. --report runs nothing.
 """
 
 import argparse
@@ -46,10 +47,9 @@ VARIANTS = {  # INIT-VARIANT: of the start's split into lora_A and lora_B, or of
     "plus": "LoRA+",  # arXiv 2402.12354
     "half": "half of it frozen",  # half the rows repair and are not trained, half start at random
 }
-NAMES = [*train.METHODS, *(f"qa-{init}" for init in train.METHODS)]
-NAMES += [f"{init}-{variant}" for init in train.METHODS for variant in VARIANTS]
-NAMES = [name for name in NAMES if name not in ("qlora-equal", "peft-equal", "peft-white")]
-NAMES = [name for name in NAMES if not name.endswith("-half") or name == "quailora-half"]
+NAMES = [*train.METHODS, *(f"qa-{init}" for init in train.METHODS), "qlora-plus"]
+NAMES += [f"{init}-{variant}" for init in ("quailora", "joint") for variant in VARIANTS]
+NAMES.remove("joint-half")  # it is of als_init
 VARIED = ("bits", "calibration_data", "init", "lr", "method", "rank", "seed", "steps", "variant")
 
 
@@ -69,6 +69,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--ranks", type=int, nargs="+", default=[], metavar="RANK", help="also --methods at these "
         "ranks at step 0, and fine-tuned at the first, middle and last of them")
     add("--calibrations", nargs="+", default=[], metavar="DATA", help="also QuAILoRA with these")
+    add("--report", type=Path, metavar="FILE", help="only print the tables of this results.json")
     # fmt: on
     args = train.parse_args(argv, parser, "compare")
     args.selection = args.validation
@@ -316,11 +317,15 @@ def mean_cell(values: list[float]) -> str:
     return f"{statistics.fmean(values):.3f}{deviation}"
 
 
-def gap_cell(mean: dict[str, float], title: str, base: str, reference: str) -> str:
-    """Gap closed: (QLoRA's perplexity - this one's) / (QLoRA's - the reference's)."""
-    gap = mean[base] - mean[reference]
-    closed = (mean[base] - mean[title]) / gap if gap > 0 else math.nan
-    return "" if title == base or math.isnan(closed) else f"{closed:.0%}"
+def gap_cell(base: list[float], ours: list[float], reference: list[float]) -> str:
+    """Gap closed: (QLoRA's perplexity - ours) / (QLoRA's - the reference's), by means over the
+    seeds that all three have."""
+    seeds = min(len(values) for values in (base, ours, reference))
+    if not seeds or ours == base:
+        return ""
+    base, ours, reference = (statistics.fmean(values[:seeds]) for values in (base, ours, reference))
+    gap = base - reference
+    return f"{(base - ours) / gap:.0%}" if gap > 0 and not math.isnan(ours) else ""
 
 
 def comparison(methods: dict[str, list[dict]]) -> list[str]:
@@ -338,9 +343,8 @@ def comparison(methods: dict[str, list[dict]]) -> list[str]:
         cells = []
         for end in ends:
             found = {t: [run["perplexity"][end][1] for run in methods[t]] for t in methods}
-            mean = {t: statistics.fmean(values) for t, values in found.items()}
             cells.append(mean_cell(found[title]))
-            cells += [gap_cell(mean, title, base, reference) for reference in (eight, full)]
+            cells += [gap_cell(found[base], found[title], found[to]) for to in (eight, full)]
         merged = [run["merged_perplexity"] for run in runs if "merged_perplexity" in run]
         cells += [mean_cell(merged) if merged else ""] * merges
         initialize = sum(layer["seconds"] for layer in runs[0]["layers"])
@@ -350,19 +354,80 @@ def comparison(methods: dict[str, list[dict]]) -> list[str]:
     return lines
 
 
-def tuned_table(runs: Runs, methods: dict[str, dict]) -> list[str]:
-    """Perplexities by learning rate, and each method at the one that is best for the selection."""
-    rates, tuned = runs.args.sweep, {}
-    lines = ["\n### By learning rate: validation / selection\n", *head([f"{lr:g}" for lr in rates])]
+def sweep(runs: Runs, methods: dict[str, dict]) -> dict[str, dict[float, list[dict]]]:
+    """Title -> rate -> results by seed: with the first seed at all rates, with all at the best."""
+    trials = {}
     for title, method in methods.items():
-        trials = {lr: runs.of(method, lr=lr) for lr in rates}
-        chosen = {lr: trial["selection_perplexity"] for lr, trial in trials.items()}
-        ends = [f"{trials[lr]['perplexity'][-1][1]:.3f} / {chosen[lr]:.3f}" for lr in rates]
-        lines.append(row(title, ends))
-        finite = [lr for lr in rates if not math.isnan(chosen[lr])]
-        best = min(finite or rates, key=chosen.get)
-        tuned[f"{title}, at {best:g}"] = runs.seeds(method, lr=best)
-    return [*lines, "\n### Each at its best learning rate\n", *comparison(tuned)]
+        trials[title] = {lr: [runs.of(method, lr=lr)] for lr in runs.args.sweep}
+        best = best_rate(trials[title])
+        trials[title][best] = runs.seeds(method, lr=best)
+    return trials
+
+
+def tuned_tables(trials: dict[str, dict[float, list[dict]]]) -> list[str]:
+    """Of title -> rate -> results by seed: perplexities of the first seed by rate, and each method
+    over its seeds at the rate that is best for the selection. QLoRA is first, and a gap is to its
+    first seeds, as many as there are."""
+    rates = sorted({lr for by_rate in trials.values() for lr in by_rate})
+    lines = ["\n### By learning rate, seed 0: validation / selection\n"]
+    lines += head([f"{lr:g}" for lr in rates])
+    tuned = {}
+    for title, by_rate in trials.items():
+        best = best_rate(by_rate)
+        tuned[title] = best, [both_ends(result) for result in by_rate[best]]
+        ends = {lr: both_ends(results[0])[:2] for lr, results in by_rate.items()}
+        cells = {lr: " / ".join(f"{end:.3f}" for end in ends[lr]) for lr in ends}
+        cells[best] = f"**{cells[best]}**"
+        lines.append(row(title, [cells.get(lr, "") for lr in rates]))
+
+    columns = "rate"
+    for measure in ("validation", "selection", "geometric mean of both"):
+        columns += f" | {measure} | gap closed to 8 bits"
+    lines += ["\n### Each at its best rate\n", *head(columns.split(" | "))]
+    (_, base), (_, eight) = tuned[next(iter(tuned))], tuned.get(INITS[8][0], (None, []))
+    for title, (best, ends) in tuned.items():
+        cells = [f"{best:g}"]
+        for i in range(3):
+            values = [[seed[i] for seed in of] for of in (base, ends, eight)]
+            cells += [mean_cell(values[1]), gap_cell(*values)]
+        lines.append(row(title, cells))
+    return lines
+
+
+def best_rate(by_rate: dict[float, list[dict]]) -> float:
+    """The one that is best for the selection, with the first seed."""
+    found = {lr: results[0]["selection_perplexity"] for lr, results in by_rate.items()}
+    return min(found, key=lambda lr: math.inf if math.isnan(found[lr]) else found[lr])
+
+
+def both_ends(result: dict) -> tuple[float, float, float]:
+    """Perplexity on the validation and the selection after training, and their geometric mean."""
+    ends = result["perplexity"][-1][1], result["selection_perplexity"]
+    return *ends, math.sqrt(math.prod(ends))
+
+
+def report(file: Path) -> None:
+    """Of the runs in a file of results: at the default rate, by rate, and each at its best."""
+    with naming(f"{file} could not be read"):
+        done = json.loads(file.read_text())["runs"]
+        require(done, "no runs")
+    defaults = train.settings(train.parse_args([]))
+    done.sort(key=lambda result: result["settings"]["seed"])
+    settings = [defaults | result["settings"] for result in done]
+    bits = min(each["bits"] for each in settings)
+    steps = max(each["steps"] for each in settings)
+    plain = {"steps": steps, "rank": defaults["rank"], "calibration_data": None}
+    named = methods_of(argparse.Namespace(methods=NAMES, method="lora", bits=bits))
+    trials = {}
+    for title, method in named.items():
+        for result, each in zip(done, settings, strict=True):
+            if (method | plain).items() <= each.items():
+                trials.setdefault(title, {}).setdefault(each["lr"], []).append(result)
+    rate, references = defaults["lr"], {INITS[8][0], INITS[16][0]}
+    at_rate = {title: of[rate] for title, of in trials.items() if rate in of}
+    if references < at_rate.keys():
+        print(f"### {file}: learning rate {rate:g}\n", *comparison(at_rate), sep="\n")
+    print(*tuned_tables(trials), sep="\n")
 
 
 def calibrations_table(runs: Runs) -> list[str]:
@@ -471,7 +536,7 @@ def compare(args: argparse.Namespace) -> None:
             runs.of(method, seed)
     lines = [f"### {args.model}, {args.data}: learning rate {args.lr:g}\n"]
     lines += comparison({title: runs.seeds(method) for title, method in methods.items()})
-    lines += tuned_table(runs, methods) if args.sweep else []
+    lines += tuned_tables(sweep(runs, methods)) if args.sweep else []
     lines += calibrations_table(runs) if args.calibrations else []
     ranks = by_rank(runs, methods) if args.ranks else {}
     lines += ranks_table(ranks, args.ranks) if args.ranks else []
@@ -480,7 +545,11 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def main(argv=None) -> None:
-    train.attempt(compare, parse_args(argv))
+    args = parse_args(argv)
+    if args.report:
+        train.attempt(lambda args: report(args.report), args)
+    else:
+        train.attempt(compare, args)
 
 
 if __name__ == "__main__":
