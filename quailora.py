@@ -28,7 +28,8 @@ a linear layer, solved by alternating least squares (ALS):
 
     rows = initialize_peft(model, batches)   # the same on a rounded model that peft has adapted
 
-Part one is the paper, on torch alone; it runs without what follows the ruler at its end. Part two:
+Part one is the paper, on torch alone; it runs without what follows the ruler at its end, and knows
+of it by INITS, LAYER_OF, WAY, `LoRALinear.rounding` and `QuantizedWeight.kernels` alone. Part two:
 adapters on disk, bitsandbytes' kernels, other starts (LoftQ, CLoQ, joint), block by block,
 sequential starts, QA-LoRA and its GGUF, and the start for peft. Not here: dropout on the adapter of
 LoRALinear, rounding of activations, experts that are 3-D parameters."""
@@ -147,12 +148,10 @@ def _error_after_5(E, A, B, H):
 def _truncated_svd(E, rank):
     """U (out, r), sigma (r,), V (in, r) of (3), from a random sketch of E and a power iteration:
     exact where min(out, in) <= r + 24, else an approximation, and the same one every time."""
-    width, generator = min(rank + 24, *E.shape), torch.Generator(E.device).manual_seed(0)
-    V = torch.randn(E.shape[1], width, generator=generator, dtype=E.dtype, device=E.device)
-    V = qr(E.T @ qr(E @ V).Q).Q  # a power iteration
-    P = qr(E @ V).Q  # E = P P^T E, nearly
-    V, sigma, Ut = svd(E.T @ P, full_matrices=False)
-    return P @ Ut[:rank].T, sigma[:rank], V[:, :rank]
+    with torch.random.fork_rng([E.device] if E.is_cuda else []):
+        torch.manual_seed(0)
+        U, sigma, V = torch.svd_lowrank(E, min(rank + 24, *E.shape), niter=1)
+    return U[:, :rank], sigma[:rank], V[:, :rank]
 
 
 def _balanced(A, B):
@@ -312,7 +311,8 @@ def _round_blocks(x, levels, block_size):
 
 def _pack(codes, bits, to=8):
     """uint8 codes (n,) below 2^bits, their bits in a row, the highest first, cut into codes below
-    2^to: into bytes, and back with (bytes, 8, bits). The last byte is filled up (level 0)."""
+    2^to: into bytes, and back with (bytes, 8, bits). The last byte is filled up (level 0).
+    [1, 2, 3, 0] of 2 bits is [0b01101100]."""
     size = math.lcm(bits, to)  # of a word
     n, dtype = size // bits, torch.uint8 if size == 8 else torch.int32  # n codes in a word
     codes = nn.functional.pad(codes, (0, -len(codes) % n), value=2 ** (bits - 1) - 1).view(-1, n)
@@ -384,8 +384,9 @@ class LoRALinear(nn.Module):
     """x -> Q x + scaling lora_B lora_A x + bias. `base`, a QuantizedWeight, and `bias`, (out,) or
     None, are frozen; `lora_A` (r, in) and `lora_B` (out, r) train, in float32 (or float64)."""
 
-    # of from_linear: its class before, whether Q is not quantize(W), the method, the row of errors
-    kind, own_base, init, report = nn.Linear, False, None, None
+    kind = nn.Linear  # the class of the layer that it replaced
+    own_base = False  # whether Q is not quantize(W)
+    init = report = None  # the method, and the errors that a row has
     rounding = staticmethod(quantize)  # W, bits, **layout -> base
 
     def __init__(self, base, lora_A=None, lora_B=None, alpha=1.0, rslora=False, bias=None):
@@ -423,10 +424,10 @@ class LoRALinear(nn.Module):
             H = torch.eye(W.shape[1], device=W.device)
         rounding = partial(cls.rounding, bits=bits, **layout)
         solve = cls.solver(init, rank, steps, **layout)
-        base = plain = rounding(W)
+        base = nearest = rounding(W)
         own_base = method.choose is not None and bits < 8  # with 8, nothing is left to gain
         if own_base:
-            base = method.choose(_float(W), H, plain, rounding, solve)
+            base = method.choose(_float(W), H, nearest, rounding, solve)
         E = _rounding_error(W, base)
         A, B = solve(E, H)
         factors = split_product(A, B, alpha / (math.sqrt(rank) if rslora else rank))
@@ -436,7 +437,7 @@ class LoRALinear(nn.Module):
         least = cls.solver("exact", rank, steps, **layout)(E, H) if floor else None
         whole = None
         if own_base:
-            whole = calibrated_error(_rounding_error(W, plain), 0 * A, B, H)
+            whole = calibrated_error(_rounding_error(W, nearest), 0 * A, B, H)
         layer.report |= _left(E, A, B, H, least, whole)
         return layer
 
@@ -542,19 +543,27 @@ def apply_quailora(
             done[name] = start(layer, H)
         _replace(model, layer, done[name])
 
-    if H is not None or batches is None:
-        for name in progress([*layers]):
-            start_layer(name, H and H[name])
-    else:
-        with _evaluating(model) as stack:
-            walk = WAY(_body(model), batches, stack)
-            for names in walk.parts(layers, progress):
-                found = _correlations({name: layers[name] for name in names}, walk)
-                for name in names:
-                    start_layer(name, found.pop(name))
+    _start_each(layers, start_layer, _body(model), batches, H, progress, [_evaluating])
     _load_offloaded(model)
     _freeze_base(model)
     return [_row(name, layer, calibrated, layer.report) for name, layer in done.items()]
+
+
+def _start_each(layers, start_layer, model, batches, H, progress, passes):
+    """start_layer(name, H) for each of `layers`: with the H given, or None without data, or else
+    part by part, with what its layers read in each of `passes`, contexts to run the model in."""
+    if H is not None or batches is None:
+        for name in progress([*layers]):
+            start_layer(name, H and H[name])
+        return
+    with passes[0](model) as stack:
+        walk = WAY(model, batches, stack)
+        for names in walk.parts(layers, progress):
+            for context in passes:
+                with context(model):
+                    found = _correlations({name: layers[name] for name in names}, walk)
+                for name in names:
+                    start_layer(name, found.pop(name))
 
 
 def _calibrated(init, batches, H):
@@ -720,15 +729,16 @@ def input_correlations(model: nn.Module, batches: Iterable, skip=()) -> dict[str
 
 @torch.no_grad()
 def _correlations(layers, walk):
-    """`input_correlations` of these layers, in the present part of the walk."""
+    """`input_correlations` of these layers, in the present part of the walk, in the order in which
+    they read."""
     H = {}
-    readers = {name: [] for name in layers}  # for each call the first that read its tensor: q of k
+    readers = {}  # layer -> for each call the first that read its tensor: for k and v, q
     first = WeakIdKeyDictionary()  # tensor -> its version, which a write changes -> that layer
 
     def read(name, layer, args):
         x = args[0]
         reader = first.setdefault(x, {}).setdefault(_version(x), name)
-        readers[name].append(reader)
+        readers.setdefault(name, []).append(reader)
         if reader == name:
             x = walk.tokens(layer, x)
             if name not in H:
@@ -740,9 +750,9 @@ def _correlations(layers, walk):
             stack.enter_context(layer.register_forward_pre_hook(partial(read, name)))
         for i in range(len(walk.calls)):
             walk.run(i)
+    if missing := [name for name in layers if name not in readers]:
+        raise ValueError(f"{missing[0]} read nothing in calibration: is there a batch?")
     for name, found in readers.items():
-        if not found:
-            raise ValueError(f"{name} read nothing in calibration: is there a batch?")
         if found != found[:1] * len(readers[found[0]]):  # the same one, as often as it was called
             raise RuntimeError(f"{name} reads the same tensor as {found[0]} in some calls only")
     H = {name: _summed(H[name], name) for name in layers if name in H}  # everywhere in one order
@@ -849,7 +859,8 @@ def _evaluating(model):
 
     def restore():
         for name, module in model.named_modules():
-            module.training = modes.get(name, modes.get(name.rpartition(".")[0], True))
+            layer = name.rpartition(".")[0]  # what is inside a new one has its mode
+            module.training = modes.get(name, modes.get(layer, True))
 
     stack.callback(restore)
     for name, module in model.named_modules():
@@ -892,7 +903,7 @@ def save_adapter(model, folder):
     path = getattr(getattr(model, "config", None), "_name_or_path", None)
     config = {
         "peft_type": "LORA",
-        "task_type": None if heads else "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
         "modules_to_save": sorted(heads) or None,
         "r": first.rank,
         "lora_alpha": first.alpha,
@@ -1119,7 +1130,8 @@ def load_base(model, folder):
     filled = {own[key].data_ptr() for key in own.keys() & tensors.keys()}  # tied ones too
     replaced = tuple(f"{name}." for name in found)
     for key, x in own.items():
-        if x.data_ptr() not in filled and not key.startswith(replaced):
+        kept = not key.startswith(replaced) or key.endswith(".bias")
+        if kept and x.data_ptr() not in filled:
             raise ValueError(f"{folder} holds no {key}")
     for name, base in found.items():  # now that all fit
         layer = old = modules[name]
@@ -1391,34 +1403,25 @@ class _BlockWalk(_Walk):
             if k == 0:
                 first.append(x.clone())
             calls.append((rest, kwargs))
-            return self._as_returned(returned(k, forward, x, rest, kwargs))
+            out = returned(k, forward, x, rest, kwargs)
+            return out if self.more is None else (out, *self.more)
 
-        made = self._run_model(i, call)
-        if len(calls) < len(self.blocks):
-            raise _Stop
-        return first[0], calls, made
-
-    def _as_returned(self, x):
-        return x if self.more is None else (x, *self.more)
-
-    def _run_model(self, i, call):
-        """The model on batch i, with call(k, forward, ...) in place of block k."""
         with contextlib.ExitStack() as stack:
             for k, block in enumerate(self.blocks):
                 _patch(stack, block, partial(call, k, block.forward))
-            return super().run(i)
+            made = super().run(i)
+        if len(calls) < len(self.blocks):
+            raise _Stop
+        return first[0], calls, made
 
     def run(self, i):
         """The present part on batch i."""
         if not self.blocks:
             return super().run(i)
         x = self.hidden[i].clone()  # who writes to it does not write to ours
-        if self.at == len(self.blocks):
-
-            def call(k, forward, read, *args, **kwargs):
-                return self._as_returned(x if k == self.at - 1 else read)
-
-            return self._run_model(i, call)
+        last = len(self.blocks) - 1
+        if self.at > last:  # what is outside of the blocks
+            return self._recorded(i, lambda k, forward, read, *others: x if k == last else read)
         (args, kwargs), self.masks = self.block_calls[i][self.at], self.calls[i][2]
         out = self.blocks[self.at].forward(x, *args, **kwargs)
         self.next_hidden[i] = out[0] if isinstance(out, tuple) else out
@@ -1426,19 +1429,15 @@ class _BlockWalk(_Walk):
     def parts(self, layers, progress=list):
         """In turn the names of those of `layers` that each part has. Its user runs it on all
         batches, and what the last run returns is what the next block reads."""
-        inside = {m for block in self.blocks for m in block.modules()}
-        outside = [name for name, layer in layers.items() if layer not in inside]
-        del inside  # it would keep them all
-        parts = [*self.blocks, None] if outside else self.blocks
-        for at, block in enumerate(progress(parts)):
+        place = {m: k for k, block in enumerate(self.blocks) for m in block.modules()}
+        parts = [[] for _ in range(len(self.blocks) + 1)]
+        for name in layers:
+            parts[place.get(layers[name], -1)].append(name)
+        del place  # it would keep them all
+        for at, names in enumerate(progress(parts if parts[-1] else parts[:-1])):
             self.at = at
-            yield outside if block is None else _names_inside(block, layers)
+            yield names
             self.hidden, self.next_hidden = self.next_hidden, self.hidden
-
-
-def _names_inside(block, layers):
-    modules = {*block.modules()}
-    return [name for name, layer in layers.items() if layer in modules]
 
 
 def _unknown(x):
@@ -1492,6 +1491,7 @@ def apply_sequentially(
     without blocks (T5) runs as a whole for each such tensor, which takes long. Raises ValueError
     also for an init without data, RuntimeError if a layer reads other rows as initialized."""
     layers, start = prepared(model, rank, alpha, bits, init, steps, skip, None, **options)
+    _calibrated(init, batches, None)
     if not INITS[init].needs_data:
         raise ValueError(f"a sequential start needs a method that uses data, not {init!r}")
     done, order = {}, [*layers]
@@ -1509,14 +1509,16 @@ def apply_sequentially(
         ours.hidden, ours.next_hidden = [*full.hidden], [*full.next_hidden]
         for names, _ in zip(full.parts(layers, progress), ours.parts(layers), strict=True):
             part, started = {name: layers.pop(name) for name in names}, {}
-            while len(started) < len(part):
-                readers, H, D = _next_readers(full, ours, part, started)
-                for name in readers:
+            found, readers = _correlations(part, full), {}
+            for name in found:  # who reads the same tensor has the same H
+                readers.setdefault(id(found[name]), []).append(name)
+            for alike in readers.values():
+                H, D = _compared(full, ours, part, started, alike[0], found[alike[0]])
+                for name in alike:
                     done[name] = new = start_layer(part[name], H, D)
                     weight = new.merged_weight().to(new.base.dtype)  # unrounded once, for all runs
                     started[name] = partial(nn.functional.linear, weight=weight, bias=new.bias)
             for i in range(len(full.calls)):
-                full.run(i)
                 with _as_started(part, started):
                     ours.run(i)
             for name in names:
@@ -1534,46 +1536,35 @@ def _as_started(part, started):
         yield
 
 
-def _next_readers(full, ours, part, started):
-    """Those layers of `part`, not started yet, that read the same tensor next, H = Y Y^T and
-    D = (X - Y) Y^T, with X that tensor in full precision, and Y as initialized so far. Each run
-    stops where another of these layers reads another tensor."""
-    readers, H, D = [], None, None
-
-    def see(name, layer, args):
-        tensor = id(args[0]), _version(args[0])
-        if seen and tensor != seen[0]:
-            raise _Stop
-        if defining and name not in readers:
-            readers.append(name)
-        if name in readers and not seen:
-            seen.extend([tensor, _float(walk.tokens(layer, args[0])).clone(), args[0]])
-
-    with contextlib.ExitStack() as stack:
-        for name in part.keys() - started.keys():
-            stack.enter_context(part[name].register_forward_pre_hook(partial(see, name)))
-        for i in range(len(full.calls)):
-            read = []  # X^T, Y^T
-            for walk, forwards in (full, {}), (ours, started):
-                seen, defining = [], not readers
-                with contextlib.suppress(_Stop), _as_started(part, forwards):
-                    walk.run(i)
-                read += seen[1:2]
-            if not read:
-                continue
-            x, y = read if len(read) == 2 else (read[0], read[0][:0])
-            if len(x) != len(y):
-                what = f"{len(x)} and {len(y)} rows in full precision and as started"
-                raise RuntimeError(f"{readers[0]} reads {what}: not the same ones")
-            if H is None:
-                H, D = y.new_zeros(2, y.shape[1], y.shape[1])
+def _compared(full, ours, part, started, name, like):
+    """H = Y Y^T and D = (X - Y) Y^T, in the shape of `like`: X is what layer `name` of `part` reads
+    first in each batch in full precision, and Y in the model as initialized so far."""
+    H, D = like.new_zeros(2, *like.shape)
+    for i in range(len(full.calls)):
+        x = _first_read(full, i, part[name])
+        with _as_started(part, started):
+            y = _first_read(ours, i, part[name])
+        if len(x) != len(y):
+            what = f"{len(x)} and {len(y)} rows in full precision and as started"
+            raise RuntimeError(f"{name} reads {what}: not the same ones")
+        if len(y):
             with _exactly():
                 H.addmm_(y.T, y)
                 D.addmm_((x - y).T, y)
-    if not readers:
-        missing = next(name for name in part if name not in started)
-        raise ValueError(f"{missing} read nothing in calibration: is there a batch?")
-    return readers, _summed(H, readers[0]), _summed(D, readers[0])
+    return _summed(H, name), _summed(D, name)
+
+
+def _first_read(walk, i, layer):
+    """What `layer` reads first in batch i, (tokens, in), or () for nothing."""
+    read = []
+
+    def see(_, args):
+        read.append(_float(walk.tokens(layer, args[0])).clone())
+        raise _Stop
+
+    with contextlib.suppress(_Stop), layer.register_forward_pre_hook(see):
+        walk.run(i)
+    return read[0] if read else ()
 
 
 def _shifted(layer, H, D):
@@ -1723,7 +1714,7 @@ def save_gguf(model, template, file):
     For 2, 3, 4 bits, and group sizes that are multiples of 32. Needs gguf. Raises ValueError for
     another layout, an adapter that is not merged, and a template that is damaged, of another model,
     or without such a tensor; OSError if it is missing, or on a full disk."""
-    from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+    from gguf import GGUFReader, GGUFWriter
 
     layers = {name: m for name, m in lora_layers(model).items() if isinstance(m, QALoRALinear)}
     if not layers:
@@ -1741,10 +1732,8 @@ def save_gguf(model, template, file):
         sub_type = field.types[-1] if len(field.types) > 1 else None
         writer.add_key_value(key, field.contents(), field.types[0], sub_type)
     for tensor in reader.tensors:
-        if tensor.name in new:
-            writer.add_tensor(tensor.name, new[tensor.name], raw_dtype=GGMLQuantizationType.Q4_1)
-        else:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        data, kind = new.get(tensor.name, (tensor.data, tensor.tensor_type))
+        writer.add_tensor(tensor.name, data, raw_dtype=kind)
     with _in_one_piece(Path(file)) as started:
         writer.write_header_to_file(started)
         writer.write_kv_data_to_file()
@@ -1772,7 +1761,9 @@ def _gguf_layout(reader):
 
 
 def _q4_1_tensors(layers, reader, names, heads, template):
-    """Name in the GGUF -> bytes, (out, in / 32 * 20), of each layer."""
+    """Name in the GGUF -> bytes, (out, in / 32 * 20), of each layer, and their type."""
+    from gguf import GGMLQuantizationType
+
     known, new = {tensor.name: tensor for tensor in reader.tensors}, {}
     for name, layer in layers.items():
         base, tensor = layer.base, known.get(names.get_name(f"{name}.weight", (".weight",)))
@@ -1787,7 +1778,7 @@ def _q4_1_tensors(layers, reader, names, heads, template):
         rows, far = _rows_as_in(tensor, layer.merged_weight().float().cpu(), heads)
         if not far < 1:
             raise ValueError(f"{template} is of another model: {name} is {far:.2f} || W || away")
-        new[tensor.name] = _q4_1(base, rows, name).numpy()
+        new[tensor.name] = _q4_1(base, rows, name).numpy(), GGMLQuantizationType.Q4_1
     return new
 
 
@@ -1856,7 +1847,8 @@ def initialize_peft(
         body = model
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     solve, reports = partial(INITS[init].solve, steps=steps), {}
-    passes = [False, True] if INITS[init].needs_data else [False]
+    passes = [partial(_calibrating, adapters_on=on) for on in (False, True)]
+    passes = passes if INITS[init].needs_data else passes[:1]
 
     def start_layer(name, H):
         new = _restarted(name, layers[name], found[name], H, dtype, solve, floor)
@@ -1865,19 +1857,7 @@ def initialize_peft(
         layers[name].lora_B.copy_(lora_B)
 
     with _originals(model, layers, weights) as found, _restored_on_errors(layers):
-        if H is not None or batches is None:
-            for name in progress([*layers]):
-                start_layer(name, H and H[name])
-        else:
-            with _calibrating(body, adapters_on=False) as stack:
-                walk = WAY(body, batches, stack)
-                for names in walk.parts(modules, progress):
-                    part = {name: modules[name] for name in names}
-                    for adapters_on in passes:
-                        with _calibrating(body, adapters_on):
-                            correlations = _correlations(part, walk)
-                        for name in names:
-                            start_layer(name, correlations.pop(name))
+        _start_each(modules, start_layer, body, batches, H, progress, passes)
     return [_row(name, layers[name].module, calibrated, reports[name]) for name in layers]
 
 
@@ -1941,19 +1921,14 @@ def _calibrating(model, adapters_on):
 def _effective_weight(base, shape, like):
     """Q, (out, in) in float32 at least, of any linear layer: what it makes of the identity, in
     slices and in the dtype of `like`, less its bias."""
-    bias, (out, n) = getattr(base, "bias", None), shape
-    Q = _float(like).new_empty(out, n)
-    kept = None if bias is None else bias.data
-    if bias is not None:
-        bias.data = torch.zeros_like(kept)  # a large one would take the digits of Q
-    try:
-        rest = base(like.new_zeros(1, n))  # of a bias by another name
-        for inputs in torch.arange(n, device=like.device).split(512):
-            x = nn.functional.one_hot(inputs, n).to(like.dtype)
-            Q[:, inputs] = (base(x) - rest).T.to(Q.dtype)
-    finally:
-        if bias is not None:
-            bias.data = kept
+    Q, n = _float(like).new_empty(shape), shape[1]
+    bias = getattr(base, "bias", None)  # a large one would take the digits of Q
+    without = {} if bias is None else {"bias": torch.zeros_like(bias)}
+    forward = partial(torch.func.functional_call, base, without)
+    rest = forward(like.new_zeros(1, n))  # of a bias by another name
+    for inputs in torch.arange(n, device=like.device).split(512):
+        x = nn.functional.one_hot(inputs, n).to(like.dtype)
+        Q[:, inputs] = (forward(x) - rest).T.to(Q.dtype)
     return Q
 
 

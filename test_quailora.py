@@ -2166,7 +2166,9 @@ def test_the_head_of_a_language_model_is_frozen_and_not_saved(call, kind, tmp_pa
     saved = load_safetensors((tmp_path / "adapter_model.safetensors").read_bytes())
     assert saved.keys() == {f"base_model.model.{name}.weight" for name in factors_of(model)}
     config = peft.LoraConfig.from_pretrained(tmp_path)
-    assert config.modules_to_save is None and config.task_type == "CAUSAL_LM"
+    assert config.modules_to_save is None
+    assert config.task_type == ("CAUSAL_LM" if model.can_generate() else None)
+    peft.PeftModel.from_pretrained(LANGUAGE_MODELS[kind](), tmp_path)
 
 
 READERS = {  # models that read the weight of a layer, and a batch
@@ -2540,7 +2542,7 @@ def test_a_base_that_does_not_fit_is_refused(tmp_path):
     refused(larger, r"weight is \(384, 32\) in .*base and \(385, 32\) in the model")
     (file,) = (tmp_path / "base").glob("*.safetensors")
     content, lost = load_safetensors(file.read_bytes()), "model.decoder.layers.1.fc2"
-    for part in (f"{lost}.", "model.decoder.final_layer_norm.weight"):
+    for part in (f"{lost}.", f"{lost}.bias", "model.decoder.final_layer_norm.weight"):
         (tmp_path / part).mkdir()
         rest = {key: x for key, x in content.items() if not key.startswith(part)}
         save_file(rest, tmp_path / part / "model.safetensors")
@@ -2989,7 +2991,7 @@ def test_a_layer_that_is_called_again_keeps_its_first_start():
 
 
 def test_a_sequential_start_refuses_what_it_cannot_use():
-    """A method without data, no batch, and a given H, which is that of one stream."""
+    """A method without data, no data, no batch, and a given H, which is that of one stream."""
     for init in ("qlora", "svd", "loftq"):
         message = f"a sequential start needs a method that uses data, not '{init}'"
         with pytest.raises(ValueError, match=message):
@@ -2997,6 +2999,8 @@ def test_a_sequential_start_refuses_what_it_cannot_use():
     model = tiny("opt")
     with pytest.raises(ValueError, match="k_proj read nothing in calibration: is there a batch?"):
         apply_sequentially(model, [], rank=4)
+    with pytest.raises(ValueError, match="init 'quailora' needs calibration data: batches or H"):
+        apply_sequentially(model, None, rank=4)
     with pytest.raises(TypeError):
         apply_sequentially(
             model, token_batches(), rank=4, H=input_correlations(model, [torch.ones(1, 5).long()])
