@@ -148,10 +148,12 @@ def _error_after_5(E, A, B, H):
 def _truncated_svd(E, rank):
     """U (out, r), sigma (r,), V (in, r) of (3), from a random sketch of E and a power iteration:
     exact where min(out, in) <= r + 24, else an approximation, and the same one every time."""
-    with torch.random.fork_rng([E.device] if E.is_cuda else []):
-        torch.manual_seed(0)
-        U, sigma, V = torch.svd_lowrank(E, min(rank + 24, *E.shape), niter=1)
-    return U[:, :rank], sigma[:rank], V[:, :rank]
+    width, generator = min(rank + 24, *E.shape), torch.Generator(E.device).manual_seed(0)
+    V = torch.randn(E.shape[1], width, generator=generator, dtype=E.dtype, device=E.device)
+    V = qr(E.T @ qr(E @ V).Q).Q  # a power iteration
+    P = qr(E @ V).Q  # E = P P^T E, nearly
+    V, sigma, Ut = svd(E.T @ P, full_matrices=False)
+    return P @ Ut[:rank].T, sigma[:rank], V[:, :rank]
 
 
 def _balanced(A, B):
@@ -729,10 +731,26 @@ def input_correlations(model: nn.Module, batches: Iterable, skip=()) -> dict[str
 
 @torch.no_grad()
 def _correlations(layers, walk):
-    """`input_correlations` of these layers, in the present part of the walk, in the order in which
-    they read."""
+    """`input_correlations` of these layers, in the present part of the walk."""
     H = {}
-    readers = {}  # layer -> for each call the first that read its tensor: for k and v, q
+
+    def add(name, x):
+        if name not in H:
+            H[name] = x.new_zeros(x.shape[1], x.shape[1], dtype=_wide(x.dtype))
+        _add_products(H[name], x)
+
+    readers = _readers(layers, walk, add)
+    for name, found in readers.items():
+        if found != found[:1] * len(readers[found[0]]):  # the same one, as often as it was called
+            raise RuntimeError(f"{name} reads the same tensor as {found[0]} in some calls only")
+    H = {name: _summed(H[name], name) for name in layers if name in H}  # everywhere in one order
+    return {name: H[readers[name][0]] for name in layers}
+
+
+def _readers(layers, walk, add):
+    """Run the present part, with add(name, x) for each tensor that is read, x (tokens, in), and the
+    layer that reads it first. Returns layer -> that one, for each of its calls: q for k and v."""
+    readers = {}
     first = WeakIdKeyDictionary()  # tensor -> its version, which a write changes -> that layer
 
     def read(name, layer, args):
@@ -740,10 +758,7 @@ def _correlations(layers, walk):
         reader = first.setdefault(x, {}).setdefault(_version(x), name)
         readers.setdefault(name, []).append(reader)
         if reader == name:
-            x = walk.tokens(layer, x)
-            if name not in H:
-                H[name] = x.new_zeros(x.shape[1], x.shape[1], dtype=_wide(x.dtype))
-            _add_products(H[name], x)
+            add(name, walk.tokens(layer, x))
 
     with contextlib.ExitStack() as stack:
         for name, layer in layers.items():
@@ -752,11 +767,7 @@ def _correlations(layers, walk):
             walk.run(i)
     if missing := [name for name in layers if name not in readers]:
         raise ValueError(f"{missing[0]} read nothing in calibration: is there a batch?")
-    for name, found in readers.items():
-        if found != found[:1] * len(readers[found[0]]):  # the same one, as often as it was called
-            raise RuntimeError(f"{name} reads the same tensor as {found[0]} in some calls only")
-    H = {name: _summed(H[name], name) for name in layers if name in H}  # everywhere in one order
-    return {name: H[found[0]] for name, found in readers.items()}
+    return readers
 
 
 def _version(x):
@@ -1509,12 +1520,12 @@ def apply_sequentially(
         ours.hidden, ours.next_hidden = [*full.hidden], [*full.next_hidden]
         for names, _ in zip(full.parts(layers, progress), ours.parts(layers), strict=True):
             part, started = {name: layers.pop(name) for name in names}, {}
-            found, readers = _correlations(part, full), {}
-            for name in found:  # who reads the same tensor has the same H
-                readers.setdefault(id(found[name]), []).append(name)
-            for alike in readers.values():
-                H, D = _compared(full, ours, part, started, alike[0], found[alike[0]])
-                for name in alike:
+            alike = {}  # layer -> those that read the same tensor as it
+            for name, readers in _readers(part, full, lambda name, x: None).items():
+                alike.setdefault(readers[0], []).append(name)
+            for first in alike:
+                H, D = _compared(full, ours, part, started, first)
+                for name in alike[first]:
                     done[name] = new = start_layer(part[name], H, D)
                     weight = new.merged_weight().to(new.base.dtype)  # unrounded once, for all runs
                     started[name] = partial(nn.functional.linear, weight=weight, bias=new.bias)
@@ -1536,10 +1547,10 @@ def _as_started(part, started):
         yield
 
 
-def _compared(full, ours, part, started, name, like):
-    """H = Y Y^T and D = (X - Y) Y^T, in the shape of `like`: X is what layer `name` of `part` reads
-    first in each batch in full precision, and Y in the model as initialized so far."""
-    H, D = like.new_zeros(2, *like.shape)
+def _compared(full, ours, part, started, name):
+    """H = Y Y^T and D = (X - Y) Y^T: X is what layer `name` of `part` reads first in each batch in
+    full precision, and Y in the model as initialized so far."""
+    H = D = None
     for i in range(len(full.calls)):
         x = _first_read(full, i, part[name])
         with _as_started(part, started):
@@ -1547,10 +1558,15 @@ def _compared(full, ours, part, started, name, like):
         if len(x) != len(y):
             what = f"{len(x)} and {len(y)} rows in full precision and as started"
             raise RuntimeError(f"{name} reads {what}: not the same ones")
-        if len(y):
-            with _exactly():
-                H.addmm_(y.T, y)
-                D.addmm_((x - y).T, y)
+        if not len(y):
+            continue
+        if H is None:
+            H, D = y.new_zeros(2, y.shape[1], y.shape[1])
+        with _exactly():
+            H.addmm_(y.T, y)
+            D.addmm_((x - y).T, y)
+    if H is None:
+        raise ValueError(f"{name} read no tokens in calibration")
     return _summed(H, name), _summed(D, name)
 
 
@@ -1921,14 +1937,19 @@ def _calibrating(model, adapters_on):
 def _effective_weight(base, shape, like):
     """Q, (out, in) in float32 at least, of any linear layer: what it makes of the identity, in
     slices and in the dtype of `like`, less its bias."""
-    Q, n = _float(like).new_empty(shape), shape[1]
-    bias = getattr(base, "bias", None)  # a large one would take the digits of Q
-    without = {} if bias is None else {"bias": torch.zeros_like(bias)}
-    forward = partial(torch.func.functional_call, base, without)
-    rest = forward(like.new_zeros(1, n))  # of a bias by another name
-    for inputs in torch.arange(n, device=like.device).split(512):
-        x = nn.functional.one_hot(inputs, n).to(like.dtype)
-        Q[:, inputs] = (forward(x) - rest).T.to(Q.dtype)
+    bias, (out, n) = getattr(base, "bias", None), shape
+    Q = _float(like).new_empty(out, n)
+    kept = None if bias is None else bias.data
+    if bias is not None:
+        bias.data = torch.zeros_like(kept)  # a large one would take the digits of Q
+    try:
+        rest = base(like.new_zeros(1, n))  # of a bias by another name
+        for inputs in torch.arange(n, device=like.device).split(512):
+            x = nn.functional.one_hot(inputs, n).to(like.dtype)
+            Q[:, inputs] = (base(x) - rest).T.to(Q.dtype)
+    finally:
+        if bias is not None:
+            bias.data = kept
     return Q
 
 

@@ -2990,6 +2990,28 @@ def test_a_layer_that_is_called_again_keeps_its_first_start():
     assert torch.allclose(H, x.T @ x, rtol=1e-4, atol=1e-4)
 
 
+class Attention(nn.Module):
+    """As DeBERTa's with share_att_key: k also reads positions, and v does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x):
+        return self.out(self.k(x) * self.v(x) + self.k(2 * x))
+
+
+def test_a_layer_that_reads_more_than_its_sibling_is_started_sequentially(monkeypatch):
+    """From the first tensor that both read; what it reads later has no part in H, and no H is made
+    of the inputs in full precision."""
+    monkeypatch.setattr(quailora, "_add_products", lambda *_: pytest.fail("an H of no use"))
+    model, x = Attention(), torch.randn(50, 16)
+    found = recorded(model, [x])
+    assert [W.shape for W, _ in found] == [(16, 16)] * 3
+    for _, H in found[:2]:
+        assert torch.allclose(H, x.T @ x, rtol=1e-4, atol=1e-4)
+
+
 def test_a_sequential_start_refuses_what_it_cannot_use():
     """A method without data, no data, no batch, and a given H, which is that of one stream."""
     for init in ("qlora", "svd", "loftq"):
@@ -5589,6 +5611,20 @@ def test_the_runs_in_assets_are_gone_on_with(file, tmp_path, ran, monkeypatch):
     assert len(runs_in(tmp_path)) == len(held["runs"]) > 0 and not ran
 
 
+def test_the_shares_in_the_readme_are_those_of_the_files(capsys):
+    """Before training, at 2e-4 and tuned, as compare.py --report prints them."""
+    readme = (Path(compare.__file__).parents[1] / "README.md").read_text()
+    said = {title.strip("*`"): shares for title, *shares in table_rows(readme)}
+    names = {"LoftQ": "LoftQ", "QuAILoRA": "QuAILoRA", "joint, not in the paper": "joint"}
+    for i, data in enumerate(("python", "alpaca")):
+        compare.main(["--report", str(Path(compare.__file__).with_name(f"compare-{data}.json"))])
+        rows = table_rows(capsys.readouterr().out)
+        for readme_name, name in names.items():
+            before, *_, tuned = [row for row in rows if row[0] == f"{name}, 4 bits"]
+            found = [share.strip("*") for share in said[readme_name][3 * i : 3 * i + 3]]
+            assert found == [before[2], before[5], tuned[-1]]
+
+
 @pytest.mark.parametrize("options", ["--sequential", "--method qa-lora"])
 @pytest.mark.parametrize("variant", ["white", "half"])
 def test_a_split_is_refused_where_it_would_be_another(variant, options, tmp_path, capsys):
@@ -5747,10 +5783,16 @@ def test_a_report_is_of_what_the_file_holds(tmp_path, capsys):
     assert base[1:5] == ["20.000 ± 0.000", "", "", "17.000 ± 1.414"]
     assert ours[1:7] == ["14.000", "60%", "60%", "10.000", "80%", "89%"]
 
-    assert [row[2:4] for row in tables(runs[0])[-1:]] == [["16.000", ""]]
-    with pytest.raises(SystemExit, match="2"):
-        tables()
-    assert "results.json could not be read: no runs" in capsys.readouterr().err
+    other = [run | {"settings": run["settings"] | {"rank": 8}} for run in runs]
+    assert tables(*other) == tables(*runs) == tables(*runs, other[2] | {"perplexity": [[0, 9]]})
+    alone = run(4, "quailora", 4e-3, 1, 1, 1, 1)
+    assert tables(*runs, alone) == tables(*runs), "seeds are from 0 on"
+    endless = run(4, "qlora", 2e-4, 0, 20, math.exp(700), math.exp(700))
+    assert tables(endless, *runs[3:])[-1][1:4] == ["0.0002", "8.000", "100%"]
+    for broken in ([], [{}], [{"settings": {}, "perplexity": []}]):
+        with pytest.raises(SystemExit, match="2"):
+            tables(*broken)
+        assert "results.json could not be read: " in capsys.readouterr().err
 
 
 QUESTIONS = [

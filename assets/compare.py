@@ -321,11 +321,11 @@ def gap_cell(base: list[float], ours: list[float], reference: list[float]) -> st
     """Gap closed: (QLoRA's perplexity - ours) / (QLoRA's - the reference's), by means over the
     seeds that all three have."""
     seeds = min(len(values) for values in (base, ours, reference))
-    if not seeds or ours == base:
+    if not seeds or ours is base:
         return ""
     base, ours, reference = (statistics.fmean(values[:seeds]) for values in (base, ours, reference))
-    gap = base - reference
-    return f"{(base - ours) / gap:.0%}" if gap > 0 and not math.isnan(ours) else ""
+    closed = (base - ours) / (base - reference) if base > reference else math.nan
+    return "" if math.isnan(closed) else f"{closed:.0%}"
 
 
 def comparison(methods: dict[str, list[dict]]) -> list[str]:
@@ -384,12 +384,13 @@ def tuned_tables(trials: dict[str, dict[float, list[dict]]]) -> list[str]:
     for measure in ("validation", "selection", "geometric mean of both"):
         columns += f" | {measure} | gap closed to 8 bits"
     lines += ["\n### Each at its best rate\n", *head(columns.split(" | "))]
-    (_, base), (_, eight) = tuned[next(iter(tuned))], tuned.get(INITS[8][0], (None, []))
-    for title, (best, ends) in tuned.items():
+    base, eight = next(iter(tuned)), INITS[8][0]
+    for title, (best, _) in tuned.items():
         cells = [f"{best:g}"]
         for i in range(3):
-            values = [[seed[i] for seed in of] for of in (base, ends, eight)]
-            cells += [mean_cell(values[1]), gap_cell(*values)]
+            values = {of: [seed[i] for seed in tuned[of][1]] for of in tuned}
+            cells += [mean_cell(values[title])]
+            cells += [gap_cell(values[base], values[title], values.get(eight, []))]
         lines.append(row(title, cells))
     return lines
 
@@ -402,31 +403,37 @@ def best_rate(by_rate: dict[float, list[dict]]) -> float:
 
 def both_ends(result: dict) -> tuple[float, float, float]:
     """Perplexity on the validation and the selection after training, and their geometric mean."""
-    ends = result["perplexity"][-1][1], result["selection_perplexity"]
-    return *ends, math.sqrt(math.prod(ends))
+    validation, selection = result["perplexity"][-1][1], result["selection_perplexity"]
+    return validation, selection, math.sqrt(validation) * math.sqrt(selection)
 
 
 def report(file: Path) -> None:
-    """Of the runs in a file of results: at the default rate, by rate, and each at its best."""
+    """Of the runs in a file of results, with the settings that most have, seeds 0, 1, ...: at the
+    first rate that the references have, by rate, and each at its best."""
     with naming(f"{file} could not be read"):
-        done = json.loads(file.read_text())["runs"]
-        require(done, "no runs")
-    defaults = train.settings(train.parse_args([]))
-    done.sort(key=lambda result: result["settings"]["seed"])
-    settings = [defaults | result["settings"] for result in done]
-    bits = min(each["bits"] for each in settings)
-    steps = max(each["steps"] for each in settings)
-    plain = {"steps": steps, "rank": defaults["rank"], "calibration_data": None}
-    named = methods_of(argparse.Namespace(methods=NAMES, method="lora", bits=bits))
+        runs = json.loads(file.read_text())["runs"]
+        require(runs, "no runs")
+        for run in runs:
+            run["settings"] = train.settings(train.parse_args([])) | run["settings"]
+            both_ends(run)
+    most = {}
+    for key in ("rank", "steps", "calibration_data", "bits"):
+        low = [run["settings"][key] for run in runs if run["settings"]["bits"] <= 4]
+        most[key] = statistics.mode(low or [4])
+    named = methods_of(argparse.Namespace(methods=NAMES, method="lora", bits=most["bits"]))
     trials = {}
     for title, method in named.items():
-        for result, each in zip(done, settings, strict=True):
-            if (method | plain).items() <= each.items():
-                trials.setdefault(title, {}).setdefault(each["lr"], []).append(result)
-    rate, references = defaults["lr"], {INITS[8][0], INITS[16][0]}
-    at_rate = {title: of[rate] for title, of in trials.items() if rate in of}
-    if references < at_rate.keys():
-        print(f"### {file}: learning rate {rate:g}\n", *comparison(at_rate), sep="\n")
+        wanted = most | method
+        for run in sorted(runs, key=lambda run: run["settings"]["seed"]):
+            lr, seed = run["settings"]["lr"], run["settings"]["seed"]
+            found = trials.get(title, {}).get(lr, [])
+            if wanted.items() <= run["settings"].items() and seed == len(found):
+                trials.setdefault(title, {})[lr] = [*found, run]
+    references = [set(trials.get(INITS[bits][0], [])) for bits in (8, 16)]
+    for lr in sorted(set.intersection(*references))[:1]:
+        print(f"### {file}: learning rate {lr:g}\n")
+        at_rate = {title: of[lr] for title, of in trials.items() if lr in of}
+        print(*comparison(at_rate), sep="\n")
     print(*tuned_tables(trials), sep="\n")
 
 
