@@ -5614,8 +5614,8 @@ def test_the_runs_in_assets_are_gone_on_with(file, tmp_path, ran, monkeypatch):
 def test_the_shares_in_the_readme_are_those_of_the_files(capsys):
     """Before training, at 2e-4 and tuned, as compare.py --report prints them."""
     readme = (Path(compare.__file__).parents[1] / "README.md").read_text()
-    said = {re.sub("[*`]", "", title): shares for title, *shares in table_rows(readme)}
-    names = {"LoftQ": "LoftQ", "QuAILoRA": "QuAILoRA", "joint (not in the paper)": "joint"}
+    said = {re.sub(r"[*`\[\]]|\(.*\)", "", row[0]): row[1:] for row in table_rows(readme)}
+    names = {"LoftQ": "LoftQ", "QuAILoRA": "QuAILoRA", "joint, not the paper's": "joint"}
     for i, data in enumerate(("python", "alpaca")):
         compare.main(["--report", str(Path(compare.__file__).with_name(f"compare-{data}.json"))])
         rows = table_rows(capsys.readouterr().out)

@@ -366,8 +366,7 @@ def sweep(runs: Runs, methods: dict[str, dict]) -> dict[str, dict[float, list[di
 
 def tuned_tables(trials: dict[str, dict[float, list[dict]]]) -> list[str]:
     """Of title -> rate -> results by seed: perplexities of the first seed by rate, and each method
-    over its seeds at the rate that is best for the selection. QLoRA is first, and a gap is to its
-    first seeds, as many as there are."""
+    over its seeds at the rate that is best for the selection, if it has several rates."""
     rates = sorted({lr for by_rate in trials.values() for lr in by_rate})
     lines = ["\n### By learning rate, seed 0: validation / selection\n"]
     lines += head([f"{lr:g}" for lr in rates])
@@ -380,12 +379,16 @@ def tuned_tables(trials: dict[str, dict[float, list[dict]]]) -> list[str]:
         cells[best] = f"**{cells[best]}**"
         lines.append(row(title, [cells.get(lr, "") for lr in rates]))
 
+    if len(rates) == 1:
+        return lines
     columns = "rate"
     for measure in ("validation", "selection", "geometric mean of both"):
         columns += f" | {measure} | gap closed to 8 bits"
     lines += ["\n### Each at its best rate\n", *head(columns.split(" | "))]
     base, eight = next(iter(tuned)), INITS[8][0]
     for title, (best, _) in tuned.items():
+        if len(trials[title]) == 1 and title not in (base, eight):
+            continue  # not tuned
         cells = [f"{best:g}"]
         for i in range(3):
             values = {of: [seed[i] for seed in tuned[of][1]] for of in tuned}
