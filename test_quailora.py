@@ -4735,16 +4735,22 @@ def test_peft_saves_and_loads_what_was_started(family, full_folder, tmp_path):
 
 @pytest.mark.network
 def test_a_start_in_place_is_that_of_train_on_smollm2():
-    """SmolLM2 in NF4, calibrated as train.py does, has the perplexity of assets/RESULTS.md."""
+    """SmolLM2 in NF4, calibrated as train.py does, gets back the 91% of what rounding cost that
+    train.py's gets back in assets/RESULTS.md (another Python has another text to calibrate on)."""
     full, tokenizer = train.load_model("smollm2-135m")
     calibration, *_, validation = train.sequences(train.parse_args([]), tokenizer, full)
     model = adapted(train.smollm2(), adapter={"r": 64, "lora_alpha": 16})
+
+    def perplexity(model):
+        with torch.no_grad():
+            losses = [model(input_ids=ids, labels=ids).loss.item() for ids in validation.split(4)]
+        return math.exp(statistics.mean(losses))
+
     torch.set_num_threads(os.cpu_count())
+    least, most = perplexity(full), perplexity(model)
     initialize_peft(model, calibration.split(4))
-    with torch.no_grad():
-        losses = [model(input_ids=ids, labels=ids).loss.item() for ids in validation.split(4)]
+    assert (most - perplexity(model)) / (most - least) == pytest.approx(0.91, abs=0.01)
     torch.set_num_threads(1)
-    assert math.exp(statistics.mean(losses)) == pytest.approx(16.692, rel=5e-3)
 
 
 # ------------------------------------------------------------------------------------ 9  train.py
