@@ -370,30 +370,31 @@ def tuned_tables(trials: dict[str, dict[float, list[dict]]]) -> list[str]:
     rates = sorted({lr for by_rate in trials.values() for lr in by_rate})
     lines = ["\n### By learning rate, seed 0: validation / selection\n"]
     lines += head([f"{lr:g}" for lr in rates])
-    tuned = {}
+    best_of = {title: best_rate(by_rate) for title, by_rate in trials.items()}
     for title, by_rate in trials.items():
-        best = best_rate(by_rate)
-        tuned[title] = best, [both_ends(result) for result in by_rate[best]]
-        ends = {lr: both_ends(results[0])[:2] for lr, results in by_rate.items()}
-        cells = {lr: " / ".join(f"{end:.3f}" for end in ends[lr]) for lr in ends}
+        best = best_of[title]
+        cells = {}
+        for lr, (first, *_) in by_rate.items():
+            cells[lr] = " / ".join(f"{end:.3f}" for end in both_ends(first)[:2])
         cells[best] = f"**{cells[best]}**"
         lines.append(row(title, [cells.get(lr, "") for lr in rates]))
 
-    if len(rates) == 1:
+    if len(rates) < 2:
         return lines
-    columns = "rate"
+    titles = "rate"
     for measure in ("validation", "selection", "geometric mean of both"):
-        columns += f" | {measure} | gap closed to 8 bits"
-    lines += ["\n### Each at its best rate\n", *head(columns.split(" | "))]
-    base, eight = next(iter(tuned)), INITS[8][0]
-    for title, (best, _) in tuned.items():
+        titles += f" | {measure} | gap closed to 8 bits"
+    lines += ["\n### Each at its best rate\n", *head(titles.split(" | "))]
+    ends = {title: [both_ends(run) for run in trials[title][lr]] for title, lr in best_of.items()}
+    columns = {title: [*zip(*of, strict=True)] for title, of in ends.items()}  # by measure, seed
+    base, eight = next(iter(trials)), INITS[8][0]
+    for title, best in best_of.items():
         if len(trials[title]) == 1 and title not in (base, eight):
             continue  # not tuned
         cells = [f"{best:g}"]
-        for i in range(3):
-            values = {of: [seed[i] for seed in tuned[of][1]] for of in tuned}
-            cells += [mean_cell(values[title])]
-            cells += [gap_cell(values[base], values[title], values.get(eight, []))]
+        of_eight = columns.get(eight, [[]] * 3)
+        for ours, of_base, reference in zip(columns[title], columns[base], of_eight, strict=True):
+            cells += [mean_cell(ours), gap_cell(of_base, ours, reference)]
         lines.append(row(title, cells))
     return lines
 
@@ -410,19 +411,20 @@ def both_ends(result: dict) -> tuple[float, float, float]:
     return validation, selection, math.sqrt(validation) * math.sqrt(selection)
 
 
-def report(file: Path) -> None:
+def report(args: argparse.Namespace) -> None:
     """Of the runs in a file of results, with the settings that most have, seeds 0, 1, ...: at the
     first rate that the references have, by rate, and each at its best."""
+    file, defaults = args.report, train.settings(train.parse_args([]))
     with naming(f"{file} could not be read"):
         runs = json.loads(file.read_text())["runs"]
-        require(runs, "no runs")
         for run in runs:
-            run["settings"] = train.settings(train.parse_args([])) | run["settings"]
+            run["settings"] = defaults | run["settings"]
             both_ends(run)
+        low = [run["settings"] for run in runs if run["settings"]["bits"] <= 4]
+        require(low, "no runs in 4 bits or fewer")
     most = {}
     for key in ("rank", "steps", "calibration_data", "bits"):
-        low = [run["settings"][key] for run in runs if run["settings"]["bits"] <= 4]
-        most[key] = statistics.mode(low or [4])
+        most[key] = statistics.mode(settings[key] for settings in low)
     named = methods_of(argparse.Namespace(methods=NAMES, method="lora", bits=most["bits"]))
     trials = {}
     for title, method in named.items():
@@ -556,10 +558,7 @@ def compare(args: argparse.Namespace) -> None:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    if args.report:
-        train.attempt(lambda args: report(args.report), args)
-    else:
-        train.attempt(compare, args)
+    train.attempt(report if args.report else compare, args)
 
 
 if __name__ == "__main__":
