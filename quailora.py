@@ -605,9 +605,9 @@ def _body(model):
 
 def linear_layers(model: nn.Module, skip=()) -> dict[str, nn.Module]:
     """The layers to replace, by name: every nn.Linear (no subclass: its forward is not known) and
-    Conv1D but what `skip` names (layers or blocks), weights tied to an embedding, and heads: what a
-    transformers model has outside its `base_model`, and its output embedding. ValueError if `skip`
-    names nothing."""
+    Conv1D but weights tied to an embedding, heads (what a transformers model has outside its
+    `base_model`, and its output embedding), and what `skip` names: layers or blocks, each by its
+    name, or all by the last parts of theirs, as "mlp". ValueError if a name is of nothing."""
     body = {*_body(model).modules()} - {model, *_skipped(model, skip)}
     if hasattr(model, "get_output_embeddings"):
         body.discard(model.get_output_embeddings())
@@ -621,10 +621,14 @@ def linear_layers(model: nn.Module, skip=()) -> dict[str, nn.Module]:
 
 
 def _skipped(model, skip):
-    modules, names = dict(model.named_modules()), {skip} if isinstance(skip, str) else {*skip}
-    if unknown := names - modules.keys():
-        raise ValueError(f"nothing to skip by the name {min(unknown)!r}")
-    return [m for name in names for m in modules[name].modules()]
+    modules, skipped = dict(model.named_modules()), []
+    for name in [skip] if isinstance(skip, str) else skip:
+        ends = [key for key in modules if key.endswith(f".{name}")]
+        found = [name] if name in modules else ends
+        if not found:
+            raise ValueError(f"nothing to skip by the name {name!r}")
+        skipped += [m for key in found for m in modules[key].modules()]
+    return skipped
 
 
 def prepared(
@@ -766,7 +770,8 @@ def _readers(layers, walk, add):
         for i in range(len(walk.calls)):
             walk.run(i)
     if missing := [name for name in layers if name not in readers]:
-        raise ValueError(f"{missing[0]} read nothing in calibration: is there a batch?")
+        what = "is there a batch? If it is never called, leave it out"
+        raise ValueError(f"{missing[0]} read nothing in calibration: {what}")
     return readers
 
 

@@ -1582,6 +1582,31 @@ def test_a_block_is_skipped_with_all_that_is_in_it():
     ] * 4
 
 
+def test_blocks_are_skipped_by_the_last_parts_of_their_names():
+    """In all places, but for a name that is whole: that is one module's."""
+    model = tiny("llama")
+    kept = linear_layers(model, skip=["mlp", "self_attn.k_proj"])
+    parts = ["q_proj", "v_proj", "o_proj"]
+    assert [*kept] == [f"model.layers.{i}.self_attn.{part}" for i in range(2) for part in parts]
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    assert [*linear_layers(model, "0")] == ["1.0", "1.1"]
+    with pytest.raises(ValueError, match="nothing to skip by the name '_proj'"):
+        linear_layers(tiny("llama"), "_proj")
+
+
+def test_a_layer_that_is_never_called_is_named_and_can_be_skipped():
+    """Mamba reads the weight of one."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 2}
+    model = T.MambaForCausalLM(T.MambaConfig(**sizes)).eval()
+    message = "layers.0.mixer.dt_proj read nothing in calibration: .* never called, leave it out"
+    with pytest.raises(ValueError, match=message):
+        input_correlations(model, token_batches(padded=False))
+    rows = apply_quailora(model, token_batches(padded=False), rank=2, skip="dt_proj")
+    called = [f"{kind}_proj" for kind in ("in", "x", "out")] * 2
+    assert [row["name"].rpartition(".")[2] for row in rows] == called
+
+
 def test_a_layer_in_two_places_is_replaced_once_in_both():
     """A module that is registered twice becomes one LoRALinear in both places, and a layer that
     is skipped, by a list of names or by one name, stays."""
@@ -5510,7 +5535,11 @@ def test_compare_goes_on_and_repeats_no_run(llama_folder, tmp_path, ran, monkeyp
     assert len(ran) == len(runs) - 5 == methods + sweep + calibration + ranks
     assert len({run["full_precision_perplexity"] for run in runs}) == 1
     check_runs(runs, compare.methods_of(compare.parse_args(arguments)))
-    check_tables(runs, table_rows(capsys.readouterr().out))
+    said = capsys.readouterr().out
+    check_tables(runs, table_rows(said))
+    validations = re.findall(r"validation perplexity at step 3: (.*)", said)
+    assert f"{runs[-1]['perplexity'][-1][1]:.3f}" in validations
+    assert f"{runs[-1]['selection_perplexity']:.3f}" not in validations
     for figure in ("perplexity.png", "layers.png", "rank.png"):
         assert (out / figure).stat().st_size > 10_000
     ran.clear()

@@ -346,8 +346,8 @@ class Job:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
-    def evaluate(self, part=None) -> float:  # perplexity, of the validation sequences if of none
-        return perplexity(self.trainer.evaluate(part)["eval_loss"])
+    def evaluate(self, part=None, name="eval") -> float:  # perplexity, by default of the validation
+        return perplexity(self.trainer.evaluate(part, metric_key_prefix=name)[f"{name}_loss"])
 
     def save(self) -> None:
         """The result so far, with the peak memory of the GPU, or without one of this process."""
@@ -412,7 +412,7 @@ class Job:
             if curve[-1][0] < args.steps:
                 curve.append([args.steps, self.evaluate()])
         if args.selection:
-            self.result["selection_perplexity"] = self.evaluate(self.selection)
+            self.result["selection_perplexity"] = self.evaluate(self.selection, "selection")
         if MAIN:
             quailora.save_adapter(self.model, args.out / "adapter")
 
