@@ -5637,8 +5637,9 @@ def test_the_runs_in_assets_are_gone_on_with(file, tmp_path, ran, monkeypatch):
     held = json.loads(file.read_text())
     (tmp_path / "results.json").write_text(file.read_text())
     sizes = "--sequence-length 128 --calibration 128 --validation 32 --batch-size 2 --steps 100"
-    arguments = [*sizes.split(), "--eval-every", "25", "--data", held["common"]["data"]]
-    arguments += ["--resume", "--out", str(tmp_path)]
+    arguments, common = [*sizes.split(), "--resume", "--out", str(tmp_path)], held["common"]
+    arguments += ["--data", common["data"], "--eval-every", str(common["eval_every"])]
+    arguments += ["--sequential"] * common["sequential"]
     monkeypatch.setattr(compare, "in_process", lambda *_, **__: pytest.fail("a run is made again"))
     runs = compare.Runs(compare.parse_args(arguments))
     for run in held["runs"]:
