@@ -621,10 +621,9 @@ def linear_layers(model: nn.Module, skip=()) -> dict[str, nn.Module]:
 
 
 def _skipped(model, skip):
-    modules, skipped = dict(model.named_modules()), []
+    modules, skipped = dict(model.named_modules(remove_duplicate=False)), []
     for name in [skip] if isinstance(skip, str) else skip:
-        ends = [key for key in modules if key.endswith(f".{name}")]
-        found = [name] if name in modules else ends
+        found = [name] if name in modules else [key for key in modules if key.endswith("." + name)]
         if not found:
             raise ValueError(f"nothing to skip by the name {name!r}")
         skipped += [m for key in found for m in modules[key].modules()]
@@ -644,6 +643,7 @@ def prepared(
     if rounded and rounded != "gguf":  # that becomes floats
         what = "load it in full precision, or take get_peft_model and initialize_peft"
         raise ValueError(f"{kind} is quantized already ({rounded.value}): {what}")
+    skip = skip if isinstance(skip, str) else [*skip]  # it is read twice
     if not (layers := linear_layers(model, skip)):
         raise ValueError(f"{kind} has no linear layers to replace")
     _warn_of_others(model, [*layers.values(), *_skipped(model, skip)])
@@ -770,7 +770,7 @@ def _readers(layers, walk, add):
         for i in range(len(walk.calls)):
             walk.run(i)
     if missing := [name for name in layers if name not in readers]:
-        what = "is there a batch? If it is never called, leave it out"
+        what = "is there a batch? If it is never called, leave it out (skip; peft: exclude_modules)"
         raise ValueError(f"{missing[0]} read nothing in calibration: {what}")
     return readers
 

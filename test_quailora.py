@@ -1590,6 +1590,8 @@ def test_blocks_are_skipped_by_the_last_parts_of_their_names():
     assert [*kept] == [f"model.layers.{i}.self_attn.{part}" for i in range(2) for part in parts]
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
     assert [*linear_layers(model, "0")] == ["1.0", "1.1"]
+    model.add_module("tail", model[1][1])  # by any of its names
+    assert [*linear_layers(model, "tail")] == ["0", "1.0"]
     with pytest.raises(ValueError, match="nothing to skip by the name '_proj'"):
         linear_layers(tiny("llama"), "_proj")
 
@@ -1602,7 +1604,8 @@ def test_a_layer_that_is_never_called_is_named_and_can_be_skipped():
     message = "layers.0.mixer.dt_proj read nothing in calibration: .* never called, leave it out"
     with pytest.raises(ValueError, match=message):
         input_correlations(model, token_batches(padded=False))
-    rows = apply_quailora(model, token_batches(padded=False), rank=2, skip="dt_proj")
+    skip = (name for name in ["dt_proj"])
+    rows = apply_quailora(model, token_batches(padded=False), rank=2, skip=skip)
     called = [f"{kind}_proj" for kind in ("in", "x", "out")] * 2
     assert [row["name"].rpartition(".")[2] for row in rows] == called
 
