@@ -608,7 +608,11 @@ def linear_layers(model: nn.Module, skip=()) -> dict[str, nn.Module]:
     Conv1D but weights tied to an embedding, heads (what a transformers model has outside its
     `base_model`, and its output embedding), and what `skip` names: layers or blocks, each by its
     name, or all by the last parts of theirs, as "mlp". ValueError if a name is of nothing."""
-    body = {*_body(model).modules()} - {model, *_skipped(model, skip)}
+    return _layers_without(_skipped(model, skip), model)
+
+
+def _layers_without(skipped, model):
+    body = {*_body(model).modules()} - {model, *skipped}
     if hasattr(model, "get_output_embeddings"):
         body.discard(model.get_output_embeddings())
     tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -643,10 +647,10 @@ def prepared(
     if rounded and rounded != "gguf":  # that becomes floats
         what = "load it in full precision, or take get_peft_model and initialize_peft"
         raise ValueError(f"{kind} is quantized already ({rounded.value}): {what}")
-    skip = skip if isinstance(skip, str) else [*skip]  # it is read twice
-    if not (layers := linear_layers(model, skip)):
+    skipped = _skipped(model, skip)
+    if not (layers := _layers_without(skipped, model)):
         raise ValueError(f"{kind} has no linear layers to replace")
-    _warn_of_others(model, [*layers.values(), *_skipped(model, skip)])
+    _warn_of_others(model, [*layers.values(), *skipped])
     layer_class = next((LAYER_OF[key] for key in layout if key in LAYER_OF), LoRALinear)
     for name, layer in layers.items():
         if H is not None and name not in H:
